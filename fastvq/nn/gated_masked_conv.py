@@ -1,0 +1,162 @@
+"""One layer of a gated PixelCNN: the vertical and horizontal stacks, their link and their gates.
+
+The prior built from these layers is `fastvq.models.PixelCNN`; the single masked convolution is
+`masked_conv.MaskedConv2d`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastvq.nn.masked_conv import MaskedConv2d, check_mask_type
+
+
+def _gate(features: Tensor) -> Tensor:
+    """tanh of the first half of the channels times sigmoid of the second half."""
+    values, gates = features.chunk(2, dim=1)
+    return torch.tanh(values) * torch.sigmoid(gates)
+
+
+class GatedMaskedConv2d(nn.Module):
+    """Gated PixelCNN layer over a vertical and a horizontal stack, without a blind spot.
+
+    With r = kernel_size // 2, d = dilation, * a convolution and y the class or the map:
+
+        v' = W_v * vertical                    rows i − r·d … i − d, and with mask type "B" row i
+        h' = W_h * horizontal + W_vh v'        columns j − r·d … j − d, with "B" also column j
+        vertical out   = dropout(tanh(v'₁ + …) ⊙ σ(v'₂ + …))
+        horizontal out = W_o dropout(tanh(h'₁ + …) ⊙ σ(h'₂ + …)) (+ horizontal)
+
+    "+ …" is V·y: a learned bias per class and a 1×1 convolution of the condition map, each with
+    its own weights for each stack. Indices 1 and 2 are the two halves of the channels.
+
+    The vertical stack spans columns j − r·d … j + r·d. In a stack of layers whose first has mask
+    type "A", vertical features at row i hold codes of rows < i only, so later layers (type "B")
+    may use their own row, and must: without it the codes up and to the right stay unseen.
+    The rectangle of live rows is convolved; no masked tap is multiplied.
+
+    Horizontal features hold codes up to the one at (i, j − 1) after a type "A" layer. That
+    layer's *input* is the code at (i, j) itself, so adding it back would show the model the code
+    it predicts: `residual` therefore acts with mask type "B" only.
+
+    Args:
+        hidden_channels: C of both stacks, in and out.
+        kernel_size: odd, at least 3.
+        mask_type: "A" for the layer fed with the codes' embedding, "B" for all later ones.
+        dilation: spacing of the taps in both stacks, rows and columns.
+        num_classes: number of class labels, or None.
+        condition_channels: channels of the condition map, or None.
+        dropout: probability of dropping an element of a gated output.
+        residual: add the horizontal input to the horizontal output (mask type "B" only).
+    Raises:
+        ValueError: a kernel, mask type, size or probability outside the rules above.
+    van den Oord et al. 2016, arXiv:1606.05328, eq. 2-4 and figure 2.
+    """
+
+    def __init__(
+        self,
+        hidden_channels: int,
+        kernel_size: int,
+        mask_type: str = "B",
+        dilation: int = 1,
+        num_classes: int | None = None,
+        condition_channels: int | None = None,
+        dropout: float = 0.0,
+        residual: bool = True,
+    ) -> None:
+        super().__init__()
+        check_mask_type("GatedMaskedConv2d", mask_type)
+        if kernel_size < 3 or kernel_size % 2 == 0:
+            raise ValueError(
+                f"GatedMaskedConv2d: kernel_size must be odd and at least 3; got {kernel_size}."
+            )
+        if dilation < 1:
+            raise ValueError(f"GatedMaskedConv2d: dilation must be at least 1; got {dilation}.")
+        self.hidden_channels = hidden_channels
+        self.kernel_size = kernel_size
+        self.mask_type = mask_type
+        self.dilation = dilation
+        self.num_classes = num_classes
+        self.condition_channels = condition_channels
+        self.residual = residual and mask_type == "B"
+        rows = kernel_size // 2 + (mask_type == "B")
+        both = 2 * hidden_channels
+        self.vertical = nn.Conv2d(hidden_channels, both, (rows, kernel_size), dilation=dilation)
+        self.horizontal = MaskedConv2d(hidden_channels, both, (1, kernel_size), mask_type, dilation)
+        self.link = nn.Conv2d(both, both, 1)
+        self.horizontal_out = nn.Conv2d(hidden_channels, hidden_channels, 1)
+        self.dropout = nn.Dropout(dropout)
+        # The first 2C channels of each go to the vertical stack, the others to the horizontal.
+        self.class_bias: nn.Embedding | None = None
+        self.condition_map: nn.Conv2d | None = None
+        if num_classes is not None:
+            self.class_bias = nn.Embedding(num_classes, 2 * both)
+            # Small beside the convolutions' outputs: no gate starts saturated.
+            nn.init.normal_(self.class_bias.weight, std=0.1)
+        if condition_channels is not None:
+            self.condition_map = nn.Conv2d(condition_channels, 2 * both, 1, bias=False)
+
+    def _vertical_features(self, vertical: Tensor) -> Tensor:
+        """Convolve the live rectangle: rows above, and with mask type "B" the own row."""
+        height = vertical.shape[2]
+        reach = self.dilation * (self.kernel_size // 2)
+        if self.mask_type == "A":
+            vertical = vertical[:, :, : max(height - self.dilation, 0)]
+        features = self.vertical(F.pad(vertical, (reach, reach, reach, 0)))
+        return features[:, :, :height]  # longer only where type "A" meets height < dilation
+
+    def _conditioning(self, class_labels: Tensor | None, condition: Tensor | None) -> Tensor | None:
+        """What class and map add before the gates: broadcastable to (B, 4C, H, W), or None."""
+        if (class_labels is None) != (self.class_bias is None):
+            raise ValueError(
+                "GatedMaskedConv2d: class_labels must be given exactly when num_classes is; "
+                f"got class_labels {'None' if class_labels is None else 'given'} with "
+                f"num_classes={self.num_classes}."
+            )
+        if (condition is None) != (self.condition_map is None):
+            raise ValueError(
+                "GatedMaskedConv2d: condition must be given exactly when condition_channels is; "
+                f"got condition {'None' if condition is None else 'given'} with "
+                f"condition_channels={self.condition_channels}."
+            )
+        added = None
+        if self.class_bias is not None:
+            added = self.class_bias(class_labels)[:, :, None, None]
+        if self.condition_map is not None:
+            mapped = self.condition_map(condition)
+            added = mapped if added is None else mapped + added
+        return added
+
+    def forward(
+        self,
+        vertical: Tensor,
+        horizontal: Tensor,
+        class_labels: Tensor | None = None,
+        condition: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Both stacks' features, (B, C, H, W) each, to the next layer's.
+
+        Args:
+            vertical: (B, C, H, W); for mask type "A" usually the codes' embedding.
+            horizontal: (B, C, H, W), likewise.
+            class_labels: (B,) int64 in 0 … num_classes − 1, exactly when num_classes was given.
+            condition: (B, condition_channels, H, W), exactly when condition_channels was given.
+        Returns:
+            (vertical, horizontal), each (B, C, H, W).
+        Raises:
+            ValueError: class_labels or condition missing, or given to a layer without them.
+        """
+        vertical_features = self._vertical_features(vertical)
+        horizontal_features = self.horizontal(horizontal) + self.link(vertical_features)
+        added = self._conditioning(class_labels, condition)
+        if added is not None:
+            for_vertical, for_horizontal = added.chunk(2, dim=1)
+            vertical_features = vertical_features + for_vertical
+            horizontal_features = horizontal_features + for_horizontal
+        vertical_out = self.dropout(_gate(vertical_features))
+        horizontal_out = self.horizontal_out(self.dropout(_gate(horizontal_features)))
+        if self.residual:
+            horizontal_out = horizontal_out + horizontal
+        return vertical_out, horizontal_out

@@ -1,0 +1,40 @@
+"""The data of a training run: from a path to batches of pictures.
+
+`open_source` recognises what lies at a path, `PictureDataset` gives every picture of it one size
+and one number of channels, `training_batches` and `evaluation_batches` read it ahead in worker
+processes, in an order that depends on the seed and the step alone.
+
+    source = open_source("photos.zip")
+    dataset = PictureDataset(source, image_size=64, flip=True)
+    with training_batches(dataset, batch_size=32, seed=0) as batches:
+        for batch in batches:
+            pictures = to_float(batch["picture"].to(device))
+
+This package knows nothing of models, devices or losses.
+"""
+
+from fastvq.train.data.dataset import Batch, PictureDataset, split_validation, to_float
+from fastvq.train.data.loading import (
+    BatchIterator,
+    BrokenItems,
+    evaluation_batches,
+    steps_per_epoch,
+    training_batches,
+)
+from fastvq.train.data.opening import open_source
+from fastvq.train.data.source import BrokenItem, Source
+
+__all__ = [
+    "Batch",
+    "BatchIterator",
+    "BrokenItem",
+    "BrokenItems",
+    "PictureDataset",
+    "Source",
+    "evaluation_batches",
+    "open_source",
+    "split_validation",
+    "steps_per_epoch",
+    "to_float",
+    "training_batches",
+]

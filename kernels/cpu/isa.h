@@ -1,0 +1,22 @@
+// Which instruction sets this machine has, and which one the kernels may use.
+#pragma once
+
+#include <string>
+#include <vector>
+
+namespace fastvq {
+
+// In order of width. There is no AMX kernel: where it is allowed, the AVX-512 kernel runs.
+enum class Isa : int { kGeneric = 0, kAvx2 = 1, kAvx512 = 2, kAmx = 3 };
+
+const char* isa_name(Isa isa);
+
+// Instruction sets that the processor has and the operating system lets programs use.
+std::vector<Isa> isa_available();
+
+// The widest kernel the machine and FASTVQ_CPU_ISA allow. Reads the variable at every call (hold
+// Python's lock: it guards os.environ). Throws std::runtime_error for a word it does not know and
+// for an instruction set the machine lacks.
+Isa isa_in_use();
+
+}  // namespace fastvq

@@ -1,0 +1,229 @@
+// nearest_code on any instruction set: prepares the codebook, spreads blocks of rows over threads,
+// and sends the rows that float32 cannot settle through the float64 search. The searches themselves
+// and their error bound are in nearest_code_search.h.
+#include "nearest_code.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cfenv>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "rows.h"
+#include "threads.h"
+
+namespace fastvq {
+namespace {
+
+// Round to nearest, and subnormals kept, while it lives: the caller's thread may flush them.
+class DefaultFloatingPoint {
+ public:
+  DefaultFloatingPoint() {
+    fegetenv(&callers_);
+    fesetenv(FE_DFL_ENV);
+  }
+  ~DefaultFloatingPoint() { fesetenv(&callers_); }
+  DefaultFloatingPoint(const DefaultFloatingPoint&) = delete;
+  DefaultFloatingPoint& operator=(const DefaultFloatingPoint&) = delete;
+
+ private:
+  fenv_t callers_;
+};
+
+constexpr size_t kAlignment = 64;
+
+size_t aligned(size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
+
+struct Free {
+  void operator()(void* memory) const { std::free(memory); }
+};
+using Memory = std::unique_ptr<void, Free>;
+
+Memory allocate(size_t bytes) {
+  void* memory = nullptr;
+  if (posix_memalign(&memory, kAlignment, aligned(bytes)) != 0) throw std::bad_alloc();
+  return Memory(memory);
+}
+
+// The kept codes: finite, and not a repeat of an earlier one.
+struct Codes {
+  std::vector<int64_t> ids;
+  std::vector<float> rows;                // padded_width(D) each
+  std::vector<float> center, row_center;  // see NearestCodeProblem, as for the rest
+  std::vector<double> offsets;
+  double center_norm = 0.0, min_norm = 0.0, max_norm = 0.0;
+};
+
+// Makes a float64 sum of squares' root an upper bound: covers its rounding for any D below 2^39.
+constexpr double kSumMargin = 1.0001;
+
+uint64_t hash_of(const float* row, int64_t D) {
+  uint64_t hash = 0x9e3779b97f4a7c15u;
+  for (int64_t d = 0; d < D; ++d) {
+    uint32_t bits;
+    std::memcpy(&bits, row + d, sizeof bits);
+    hash = (hash ^ bits) * 0xff51afd7ed558ccdu;
+    hash ^= hash >> 32;
+  }
+  return hash;
+}
+
+// Open-addressing table of kept rows by content.
+class SeenRows {
+ public:
+  explicit SeenRows(int64_t capacity) {
+    while (mask_ + 1 < static_cast<uint64_t>(2 * capacity)) mask_ = 2 * mask_ + 1;
+    slots_.assign(mask_ + 1, -1);
+  }
+
+  // Whether `row` equals one added before; otherwise adds it as kept row `k`.
+  bool holds_or_adds(const std::vector<float>& rows, int64_t width, int64_t k, int64_t D) {
+    const float* row = rows.data() + k * width;
+    for (uint64_t at = hash_of(row, D) & mask_;; at = (at + 1) & mask_) {
+      if (slots_[at] < 0) {
+        slots_[at] = k;
+        return false;
+      }
+      const float* other = rows.data() + slots_[at] * width;
+      if (std::memcmp(other, row, static_cast<size_t>(D) * sizeof(float)) == 0) return true;
+    }
+  }
+
+ private:
+  uint64_t mask_ = 1;
+  std::vector<int64_t> slots_;
+};
+
+// Fills codes.rows and codes.ids.
+void keep_rows(const void* codebook, int dtype, int64_t K, int64_t D, Codes& codes) {
+  const int64_t width = padded_width(D);
+  codes.rows.assign(static_cast<size_t>(K * width), 0.0f);
+  SeenRows seen(K);
+  int64_t kept = 0;
+  for (int64_t k = 0; k < K; ++k) {
+    float* row = codes.rows.data() + kept * width;
+    read_floats(codebook, dtype, k * D, D, row);
+    if (!std::all_of(row, row + D, is_finite)) continue;
+    if (seen.holds_or_adds(codes.rows, width, kept, D)) continue;
+    codes.ids.push_back(k);
+    ++kept;
+  }
+}
+
+// Per channel, the median of a few codes spread over the codebook: near most codes, whatever the
+// others hold. Any center is right; a near one makes the fast pass's error small.
+void choose_center(int64_t D, Codes& codes) {
+  const int64_t width = padded_width(D), kept = static_cast<int64_t>(codes.ids.size());
+  const int64_t samples = std::min<int64_t>(kept, 15);
+  codes.center.assign(static_cast<size_t>(width), 0.0f);
+  std::vector<float> values(static_cast<size_t>(samples));
+  double squares = 0.0;
+  for (int64_t d = 0; d < D; ++d) {
+    for (int64_t i = 0; i < samples; ++i) {
+      values[static_cast<size_t>(i)] =
+          codes.rows[static_cast<size_t>(i * kept / samples * width + d)];
+    }
+    std::nth_element(values.begin(), values.begin() + samples / 2, values.end());
+    const float median = values[static_cast<size_t>(samples / 2)];
+    codes.center[static_cast<size_t>(d)] = median;
+    squares += static_cast<double>(median) * static_cast<double>(median);
+  }
+  codes.center_norm = kSumMargin * std::sqrt(squares);
+}
+
+Codes keep_codes(const void* codebook, int dtype, int64_t K, int64_t D, int metric) {
+  Codes codes;
+  keep_rows(codebook, dtype, K, D, codes);
+  if (codes.ids.empty()) return codes;
+  choose_center(D, codes);
+  if (metric == kL2) {
+    codes.row_center = codes.center;
+  } else {
+    codes.row_center.assign(codes.center.size(), 0.0f);
+  }
+  codes.min_norm = std::numeric_limits<double>::infinity();
+  const float* row = codes.rows.data();
+  for (size_t k = 0; k < codes.ids.size(); ++k, row += padded_width(D)) {
+    double squares = 0.0;
+    for (int64_t d = 0; d < D; ++d) {
+      const double element =
+          static_cast<double>(row[d]) - static_cast<double>(codes.center[static_cast<size_t>(d)]);
+      squares += element * element;
+    }
+    codes.offsets.push_back(metric == kL2 ? -squares / 2 : 0.0);
+    const double norm = kSumMargin * std::sqrt(squares);
+    codes.min_norm = std::min(codes.min_norm, norm);
+    codes.max_norm = std::max(codes.max_norm, norm);
+  }
+  return codes;
+}
+
+// Runs one search over `count` rows (all of them, or those listed) in blocks taken by whichever
+// thread is free. Every row's answer is exact, so who takes it does not matter.
+void search_rows(const NearestCodeSearch& search, const NearestCodeProblem& problem,
+                 const int64_t* rows, int64_t count, int num_threads) {
+  const Memory panels = allocate(search.panel_bytes(problem));
+  search.pack(problem, panels.get());
+  const int64_t blocks = (count + kBlockRows - 1) / kBlockRows;
+  const double products = static_cast<double>(count) * static_cast<double>(problem.num_codes) *
+                          static_cast<double>(problem.D);
+  const int workers =
+      static_cast<int>(std::min<int64_t>(useful_threads(num_threads, products), blocks));
+  const size_t scratch_bytes = aligned(search.scratch_bytes(problem));
+  const Memory scratch = allocate(scratch_bytes * static_cast<size_t>(workers));
+  std::atomic<int64_t> next{0};
+  run_workers(workers, [&](int worker) {
+    const DefaultFloatingPoint environment;
+    char* own = static_cast<char*>(scratch.get()) + scratch_bytes * static_cast<size_t>(worker);
+    for (int64_t block = next++; block < blocks; block = next++) {
+      const int64_t first = block * kBlockRows;
+      const int64_t size = std::min(kBlockRows, count - first);
+      search.search(problem, panels.get(), rows ? rows + first : nullptr, first, size, own);
+    }
+  });
+}
+
+}  // namespace
+
+void nearest_code(const NearestCodeKernel& kernel, const void* x, int x_dtype, const void* codebook,
+                  int codebook_dtype, int64_t* indices, float* distance, int64_t N, int64_t K,
+                  int64_t D, int metric, int num_threads) {
+  if (N == 0) return;
+  const DefaultFloatingPoint environment;
+  const Codes codes = keep_codes(codebook, codebook_dtype, K, D, metric);
+  if (codes.ids.empty()) {
+    std::fill_n(indices, N, -1);
+    if (distance != nullptr) std::fill_n(distance, N, std::numeric_limits<float>::quiet_NaN());
+    return;
+  }
+  NearestCodeProblem problem;
+  problem.x = x;
+  problem.x_dtype = x_dtype;
+  problem.metric = metric;
+  problem.D = D;
+  problem.num_codes = static_cast<int64_t>(codes.ids.size());
+  problem.code_ids = codes.ids.data();
+  problem.codes = codes.rows.data();
+  problem.center = codes.center.data();
+  problem.row_center = codes.row_center.data();
+  problem.center_norm = codes.center_norm;
+  problem.offsets = codes.offsets.data();
+  problem.min_norm = codes.min_norm;
+  problem.max_norm = codes.max_norm;
+  problem.indices = indices;
+  problem.distance = distance;
+  search_rows(kernel.float32, problem, nullptr, N, num_threads);
+  std::vector<int64_t> hard;
+  for (int64_t n = 0; n < N; ++n) {
+    if (indices[n] == kHardRow) hard.push_back(n);
+  }
+  if (hard.empty()) return;
+  search_rows(kernel.float64, problem, hard.data(), static_cast<int64_t>(hard.size()), num_threads);
+}
+
+}  // namespace fastvq

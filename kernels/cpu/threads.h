@@ -1,0 +1,38 @@
+// Worker threads of one call. Nothing here outlives the call: no pool, so nothing to break after
+// fork() and nothing shared between Python threads that call at once.
+#pragma once
+
+#include <cstdint>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+namespace fastvq {
+
+// Threads worth starting for `operations` (multiply-adds, or elements moved): starting one costs
+// some 20 µs, in which one core does about 2^20 of them.
+inline int useful_threads(int requested, double operations) {
+  const double worth = 1.0 + operations / static_cast<double>(int64_t{1} << 20);
+  return worth < requested ? static_cast<int>(worth) : requested;
+}
+
+// Calls body(worker) for worker = 0 … workers-1, worker 0 on the calling thread. A worker that the
+// system refuses to start runs on the calling thread instead. body must not throw.
+template <class Body>
+void run_workers(int workers, const Body& body) {
+  std::vector<std::thread> threads;
+  threads.reserve(static_cast<size_t>(workers));
+  int started = 1;
+  for (; started < workers; ++started) {
+    try {
+      threads.emplace_back(body, started);
+    } catch (const std::system_error&) {
+      break;
+    }
+  }
+  body(0);
+  for (int worker = started; worker < workers; ++worker) body(worker);
+  for (std::thread& thread : threads) thread.join();
+}
+
+}  // namespace fastvq

@@ -1,0 +1,348 @@
+"""Sampling a PixelCNN: both methods, every option and every split give the same codes."""
+
+from __future__ import annotations
+
+import builtins
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastvq import sampling
+from fastvq.models.pixelcnn import PixelCNN
+from fastvq.sampling import draw as draw_module
+from fastvq.sampling.cached import CachedExecutor
+from fastvq.sampling.full import FullExecutor
+from fastvq.sampling.loop import Settler
+
+N, K = 3, 9
+
+MODELS: dict[str, dict[str, Any]] = {
+    "plain": {"num_layers": 3},
+    "one layer": {"num_layers": 1},
+    "deep": {"num_layers": 10},
+    "kernel 5": {"num_layers": 3, "kernel_size": 5},
+    "kernel 7": {"num_layers": 2, "kernel_size": 7},
+    "first kernel 7": {"num_layers": 3, "first_kernel_size": 7},
+    "dilations": {"num_layers": 5, "dilations": (1, 2, 4)},
+    "classes": {"num_layers": 3, "num_classes": 4},
+    "condition": {"num_layers": 3, "condition_channels": 5},
+    "attention": {"num_layers": 4, "attention_every": 2, "attention_heads": 2},
+    "everything": {
+        "num_layers": 4,
+        "kernel_size": 5,
+        "num_classes": 4,
+        "condition_channels": 5,
+        "dilations": (1, 2),
+        "attention_every": 2,
+        "attention_heads": 4,
+        "dropout": 0.4,
+    },
+}
+SHAPES = [(4, 6), (7, 3), (1, 1), (1, 8), (8, 1)]
+RULES: dict[str, dict[str, Any]] = {
+    "temperature 1": {},
+    "greedy": {"temperature": 0.0},
+    "cold": {"temperature": 0.3},
+    "top-k": {"top_k": 3},
+    "top-p": {"top_p": 0.7},
+    "all three": {"temperature": 1.3, "top_k": 6, "top_p": 0.8},
+}
+
+
+def _build(name: str, seed: int = 0) -> PixelCNN:
+    """A prior with weights large enough that its logits are far from uniform."""
+    torch.manual_seed(seed)
+    model = PixelCNN(K, 16, **MODELS[name])
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    return model
+
+
+def _told(name: str, n: int, shape: tuple[int, int]) -> dict[str, Tensor]:
+    told = {}
+    if "num_classes" in MODELS[name]:
+        told["class_labels"] = torch.arange(n) % 4
+    if "condition_channels" in MODELS[name]:
+        told["condition"] = torch.randn(n, 5, *shape, generator=torch.Generator().manual_seed(1))
+    return told
+
+
+def _given(n: int, shape: tuple[int, int], pattern: str) -> Tensor:
+    codes = torch.randint(0, K, (n, *shape), generator=torch.Generator().manual_seed(2))
+    rows = torch.arange(shape[0])[:, None].expand(shape)
+    known = {
+        "top half": (rows < shape[0] // 2).expand(n, *shape),
+        "bottom half": (rows >= shape[0] // 2).expand(n, *shape),
+        "scattered": torch.rand(n, *shape, generator=torch.Generator().manual_seed(3)) < 0.5,
+        "all": torch.ones(n, *shape, dtype=torch.bool),
+        "none": torch.zeros(n, *shape, dtype=torch.bool),
+    }[pattern]
+    return torch.where(known, codes, -1)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_cached_logits_equal_the_forward(name: str, shape: tuple[int, int]) -> None:
+    model = _build(name).double().eval()
+    told = _told(name, N, shape)
+    conditioning = sampling.Conditioning(told.get("class_labels"), told.get("condition"))
+    if conditioning.condition is not None:
+        told["condition"] = told["condition"].double()
+        conditioning = conditioning.to(torch.float64)
+    codes = torch.randint(0, K, (N, *shape))
+    executor = CachedExecutor(model._plan(), conditioning, N, *shape)
+    with torch.no_grad():
+        expected = model(codes, **told)
+        for row in range(shape[0]):
+            for column in range(shape[1]):
+                seen = codes.clone()
+                seen.flatten(1)[:, row * shape[1] + column :] = -1  # must not be read
+                got = executor.step(seen, row, column, True)
+                # float64, ten layers of sums of at most 16·36 terms, logits near 1
+                torch.testing.assert_close(got, expected[:, :, row, column], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("name", MODELS)
+def test_both_methods_give_the_same_codes(name: str, rule: str) -> None:
+    model = _build(name)
+    for shape, pattern in zip(SHAPES, ("scattered", "none", "none", "top half", "bottom half")):
+        arguments = {**RULES[rule], **_told(name, N, shape), "seed": 4}
+        arguments["given"] = _given(N, shape, pattern)
+        cached = model.sample(shape, N, method="cached", **arguments)
+        full = model.sample(shape, N, method="full", **arguments)
+        assert cached.shape == (N, *shape)
+        assert torch.equal(cached, full)
+        assert model.training
+
+
+@pytest.mark.parametrize("method", sampling.METHODS)
+@pytest.mark.parametrize("name", ["plain", "everything"])
+def test_batch_splits_and_order_change_nothing(name: str, method: str) -> None:
+    model, shape = _build(name), (4, 6)
+    told = _told(name, 8, shape)
+    arguments: dict[str, Any] = {"seed": 9, "method": method, "top_p": 0.95}
+    whole = model.sample(shape, 8, **told, **arguments)
+    assert len({tuple(one.flatten().tolist()) for one in whole}) > 1
+    for size in (1, 3, 4):
+        parts = []
+        for first in range(0, 8, size):
+            part = {key: value[first : first + size] for key, value in told.items()}
+            count = min(size, 8 - first)
+            parts.append(model.sample(shape, count, first_sample=first, **part, **arguments))
+        assert torch.equal(torch.cat(parts), whole)
+
+
+@pytest.mark.parametrize("pattern", ["top half", "bottom half", "scattered", "all", "none"])
+def test_given_codes_stay_and_the_rest_is_drawn(pattern: str) -> None:
+    model, shape = _build("plain"), (4, 6)
+    given = _given(N, shape, pattern)
+    for method in sampling.METHODS:
+        codes = model.sample(shape, N, given=given, seed=1, method=method)
+        assert torch.equal(codes[given >= 0], given[given >= 0])
+        assert ((codes >= 0) & (codes < K)).all()
+    one = model.sample(shape, N, given=given[0], seed=1)
+    assert torch.equal(one, model.sample(shape, N, given=given[:1].expand(N, -1, -1), seed=1))
+
+
+def test_greedy_is_the_argmax_of_the_forward() -> None:
+    model, shape = _build("plain").double().eval(), (4, 6)
+    codes = model.sample(shape, 1, temperature=0)
+    assert torch.equal(model(codes).argmax(dim=1), codes)
+
+
+def test_seeds_and_levels() -> None:
+    model, shape = _build("plain"), (4, 6)
+    first = model.sample(shape, N, seed=1)
+    assert torch.equal(first, model.sample(shape, N, seed=1))
+    assert not torch.equal(first, model.sample(shape, N, seed=2))
+    assert not torch.equal(first, model.sample(shape, N, seed=1, level=1))
+    torch.manual_seed(5)
+    fresh = model.sample(shape, N)
+    assert not torch.equal(fresh, model.sample(shape, N))
+    torch.manual_seed(5)
+    assert torch.equal(fresh, model.sample(shape, N))
+
+
+@pytest.mark.parametrize("method", sampling.METHODS)
+def test_frequencies_are_the_probabilities(method: str) -> None:
+    torch.manual_seed(0)
+    model = PixelCNN(2, 8, 3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2)
+    n = 5000
+    maps = torch.cartesian_prod(*[torch.arange(2)] * 4).view(16, 2, 2)
+    drawn = model.sample((2, 2), n, seed=0, method=method).flatten(1)
+    counts = (drawn @ torch.tensor([8, 4, 2, 1])).bincount(minlength=16)
+    with torch.no_grad():
+        p = model.double().log_prob(maps).exp()
+    # counts of n Bernoulli trials: five standard deviations
+    assert ((counts - n * p).abs() <= 5 * (n * p * (1 - p)).sqrt()).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_other_dtypes(dtype: torch.dtype) -> None:
+    """16-bit weights are sampled in float32, so both methods agree for them as well."""
+    model, shape = _build("everything").to(dtype), (4, 6)
+    told = _told("everything", N, shape)
+    told["condition"] = told["condition"].to(dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cached = model.sample(shape, N, seed=3, **told)
+    assert torch.equal(cached, model.sample(shape, N, seed=3, method="full", **told))
+    assert model.embedding.weight.dtype == dtype
+
+
+class _Disturbed:
+    """An executor whose logits are off by up to half of a large tolerance, as rounding might."""
+
+    def __init__(self, executor: FullExecutor, size: float) -> None:
+        self._executor, self._size = executor, size
+
+    def step(self, codes: Tensor, row: int, column: int, want_logits: bool) -> Tensor | None:
+        logits = self._executor.step(codes, row, column, want_logits)
+        return None if logits is None else logits + self._size * torch.randn_like(logits).sign()
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("settling", [True, False])
+def test_settling_makes_disturbed_logits_harmless(
+    rule: str, settling: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With tolerance 0.1 and errors of 0.09 codes stay; without settling they move."""
+    model, shape = _build("plain"), (6, 8)
+    expected = model.sample(shape, 4, seed=11, **RULES[rule])
+    monkeypatch.setattr(draw_module, "TOLERANCE", 0.1)
+    monkeypatch.setattr(
+        "fastvq.sampling.loop.FullExecutor",
+        lambda *args: _Disturbed(FullExecutor(*args), 0.09),
+    )
+    if not settling:
+        monkeypatch.setattr(
+            Settler,
+            "settle",
+            lambda self, codes, doubtful, row, column, logits, noise: draw_module.exact_draw(
+                logits[doubtful], noise if noise is None else noise[doubtful], self._request.rule
+            ),
+        )
+    torch.manual_seed(0)
+    got = model.sample(shape, 4, seed=11, method="full", **RULES[rule])
+    assert torch.equal(got, expected) == settling
+
+
+def test_errors_beyond_the_tolerance_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = _build("plain")
+    monkeypatch.setattr(
+        "fastvq.sampling.loop.FullExecutor", lambda *args: _Disturbed(FullExecutor(*args), 0.1)
+    )
+    monkeypatch.setattr(  # doubts everything
+        "fastvq.sampling.loop.draw",
+        lambda logits, noise, rule: draw_module.Draw(
+            logits.argmax(dim=1), torch.ones(len(logits), dtype=torch.bool)
+        ),
+    )
+    with pytest.warns(UserWarning, match=r"float32 logits differ from float64 by 0\.1"):
+        model.sample((2, 2), 1, seed=0, method="full")
+
+
+def test_no_samples_and_results_autograd_may_keep() -> None:
+    model = _build("everything")
+    told = _told("everything", 0, (3, 4))
+    assert model.sample((3, 4), 0, **told).shape == (0, 3, 4)
+    told = _told("everything", 2, (3, 4))
+    codes = model.sample((3, 4), 2, seed=0, **told)
+    assert not codes.is_inference()
+    model.log_prob(codes, **told).sum().backward()
+    assert model.embedding.weight.grad is not None
+
+
+def test_a_label_for_all() -> None:
+    model = _build("classes")
+    labels = torch.full((N,), 2)
+    codes = model.sample((3, 4), N, class_labels=labels, seed=0)
+    assert torch.equal(codes, model.sample((3, 4), N, class_labels=2, seed=0))
+
+
+@pytest.mark.parametrize("method", sampling.METHODS)
+def test_weights_that_are_not_finite(method: str) -> None:
+    model = _build("plain")
+    model.head[3].bias.data[0] = torch.nan
+    with pytest.raises(RuntimeError, match="logits at row 0, column 0 must be finite"):
+        model.sample((2, 2), 1, method=method)
+
+
+def test_progress_counts_codes_and_interrupts_pass(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = _build("plain")
+    model.sample((3, 4), 2, progress=True)
+    assert "24.0/24.0" in capsys.readouterr().err
+
+    def interrupted(self: CachedExecutor, codes: Tensor, row: int, column: int, want: bool) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(CachedExecutor, "step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model.sample((3, 4), 2, progress=True)
+    assert not torch.is_inference_mode_enabled()
+    assert model.training
+
+
+def test_progress_without_tqdm(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def without_tqdm(name: str, *args: Any) -> Any:
+        if name.startswith("tqdm"):
+            raise ImportError(name)
+        return real(name, *args)
+
+    monkeypatch.setattr(builtins, "__import__", without_tqdm)
+    with pytest.raises(RuntimeError, match="progress=True needs tqdm"):
+        _build("plain").sample((2, 2), 1, progress=True)
+
+
+def test_float32_settings_come_back() -> None:
+    precision = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        _build("plain").sample((2, 2), 1)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"shape": (0, 2)}, "shape must be two positive ints"),
+        ({"shape": (2,)}, "shape must be two positive ints"),
+        ({"n": -1}, "n must be an int, at least 0; got -1"),
+        ({"temperature": -1.0}, "temperature must be finite and at least 0"),
+        ({"temperature": float("nan")}, "temperature must be finite and at least 0"),
+        ({"top_k": 0}, r"top_k must be an int in 1 … num_codes=9.*got 0"),
+        ({"top_k": 10}, r"top_k must be an int in 1 … num_codes=9.*got 10"),
+        ({"top_p": 0.0}, r"top_p must be in \(0, 1\].*got 0\.0"),
+        ({"top_p": 1.5}, r"top_p must be in \(0, 1\].*got 1\.5"),
+        ({"method": "quick"}, "method must be one of .*got 'quick'"),
+        ({"first_sample": -1}, "first_sample must be an int, at least 0"),
+        ({"given": torch.zeros(3, 3).long()}, r"given must be \(2, 2\) or \(1, 2, 2\)"),
+        ({"given": torch.full((2, 2), 9)}, "given must hold codes in 0 … 8"),
+        ({"given": torch.full((2, 2), -2)}, "given must hold codes in 0 … 8"),
+        ({"class_labels": 0}, "class_labels must be None"),
+        ({"condition": torch.zeros(1, 1, 2, 2)}, "condition must be given exactly when"),
+    ],
+)
+def test_refusals(arguments: dict[str, Any], message: str) -> None:
+    arguments = {"shape": (2, 2), "n": 1, **arguments}
+    with pytest.raises(ValueError, match=message):
+        _build("plain").sample(**arguments)
+
+
+def test_refusals_of_types() -> None:
+    with pytest.raises(TypeError, match="seed must be an int or None; got float"):
+        _build("plain").sample((2, 2), 1, seed=1.0)
+    with pytest.raises(TypeError, match=r"given must be int64 codes.*got torch\.float32"):
+        _build("plain").sample((2, 2), 1, given=torch.zeros(2, 2))
