@@ -21,7 +21,7 @@ _NAMES = {
 }
 _MODULES = ("models", "nn", "ops", "reference", "sampling")
 
-__all__ = ["__version__", *_NAMES, *_MODULES]  # noqa: PLE0604
+__all__ = ["__version__", *_NAMES, *_MODULES]
 
 
 def __getattr__(name: str) -> Any:

@@ -10,8 +10,9 @@ import warnings
 import torch
 from torch import Tensor
 
-from fastvq import kernels
+from fastvq.kernels import load_cpu_extension
 
+CPU_EXTENSION, _CPU_EXTENSION_MISSING = load_cpu_extension()
 BACKENDS = ("triton", "cpp", "reference")
 
 # The kernels that exist, by backend, with the dtypes they read.
@@ -24,8 +25,13 @@ _KERNELS: dict[str, frozenset[str]] = {
 _SEARCH = {"vector_quantize": "nearest_code", "residual_quantize": "nearest_code"}
 # Ops whose default is PyTorch's own convolution, run over the live taps alone.
 _CONVOLUTIONS = frozenset({"masked_conv2d", "causal_conv1d"})
-OPS = ("nearest_code", "vector_quantize", "code_statistics", "residual_quantize") + tuple(
-    sorted(_CONVOLUTIONS)
+OPS = (
+    "nearest_code",
+    "vector_quantize",
+    "code_statistics",
+    "residual_quantize",
+    "masked_conv2d",
+    "causal_conv1d",
 )
 _DEVICE = {"triton": "cuda", "cpp": "cpu"}
 _warned: set[str] = set()
@@ -35,15 +41,15 @@ def why_not(backend: str, op: str, *tensors: Tensor) -> str | None:
     """The reason `backend` cannot run `op` on these tensors; None if it can."""
     if backend == "reference":
         return None
-    if _SEARCH.get(op, op) not in _KERNELS[backend]:
+    if _kernel_of(op) not in _KERNELS[backend]:
         return f"this version has no {backend} kernel for {op}"
     for tensor in tensors:
         if tensor.device.type != _DEVICE[backend]:
             return f"it runs on {_DEVICE[backend]} tensors and one is on {tensor.device.type}"
         if tensor.is_floating_point() and tensor.dtype not in _KERNEL_DTYPES:
             return f"its kernels read float32, float16 and bfloat16, not {_name(tensor.dtype)}"
-    if backend == "cpp":
-        return kernels.cpu_extension_missing()
+    if backend == "cpp" and CPU_EXTENSION is None:
+        return _CPU_EXTENSION_MISSING
     return None
 
 
@@ -75,7 +81,7 @@ def choose(op: str, backend: str | None, *tensors: Tensor) -> str:
 
 def _warn_of_fallback(op: str, *tensors: Tensor) -> None:
     """Say once why a kernel made for this device does not run."""
-    if torch.compiler.is_compiling() or _search_name(op) not in _KERNELS["cpp"]:
+    if torch.compiler.is_compiling() or _kernel_of(op) not in _KERNELS["cpp"]:
         return
     reason = why_not("cpp", op, *tensors)
     on_cpu = all(tensor.device.type == "cpu" for tensor in tensors)
@@ -89,7 +95,7 @@ def _warn_of_fallback(op: str, *tensors: Tensor) -> None:
         )
 
 
-def _search_name(op: str) -> str:
+def _kernel_of(op: str) -> str:
     return _SEARCH.get(op, op)
 
 

@@ -43,9 +43,7 @@ def ordered_scores(x: Tensor, codebook: Tensor, metric: str) -> Tensor:
     return total
 
 
-def nearest_code(
-    x: Tensor, codebook: Tensor, *, metric: str = "l2"
-) -> tuple[Tensor, Tensor]:
+def nearest_code(x: Tensor, codebook: Tensor, *, metric: str = "l2") -> tuple[Tensor, Tensor]:
     """Index of the nearest code, and how far it is.
 
         index[n] = argmin_k Σ_d (x[n, d] − codebook[k, d])²    ("dot": argmax_k Σ_d x·c)
@@ -110,9 +108,7 @@ def _search_block(rows: Tensor, codes: Tensor, metric: str) -> Tensor:
     return best
 
 
-def _scores_by_pair(
-    rows: Tensor, codes: Tensor, row: Tensor, code: Tensor, metric: str
-) -> Tensor:
+def _scores_by_pair(rows: Tensor, codes: Tensor, row: Tensor, code: Tensor, metric: str) -> Tensor:
     """`ordered_scores` of listed pairs, gathered one channel at a time to stay small."""
     total = torch.zeros(len(row), dtype=torch.float64, device=rows.device)
     for d in range(rows.shape[1]):

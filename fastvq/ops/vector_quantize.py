@@ -1,0 +1,245 @@
+"""vector_quantize: the nearest code row, both losses, and the gradients of VQ-VAE."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastvq.reference import vector_quantize as reference
+
+from . import checks
+from .backends import choose
+from .code_statistics import rows_of_codes, segment_sums
+from .nearest_code import METRICS, search
+from .registration import register
+
+
+class VectorQuantizeOutput(NamedTuple):
+    """What `vector_quantize` returns. Shapes as there."""
+
+    quantized: Tensor
+    indices: Tensor
+    commitment: Tensor
+    codebook: Tensor
+
+
+def vector_quantize(
+    x: Tensor,
+    codebook: Tensor,
+    *,
+    mask: Tensor | None = None,
+    metric: str = "l2",
+    gradient: str = "straight_through",
+    backend: str | None = None,
+) -> VectorQuantizeOutput:
+    """Replace each row by its nearest code; losses and gradients as in VQ-VAE.
+
+        i = nearest_code(x),   q = codebook[i]
+        quantized[n] = q[n]
+        commitment[n] = ‖x[n] − sg[q[n]]‖²,   codebook[n] = ‖sg[x[n]] − q[n]‖²
+
+    `quantized` is exactly the chosen row. Its gradient g reaches x as g (straight-through) or
+    as λRᵀg (rotation: R turns x's direction into q's, λ = ‖q‖/‖x‖, lengths below 1e-6 counted
+    as 1e-6); it never reaches the codebook. sg[·] is the stop-gradient.
+
+    Args:
+        x: (N, D) or (heads, N, D); float32, float16, bfloat16 or float64 (reference search).
+        codebook: (K, D), or (heads, K, D).
+        mask: (N,) or (heads, N) bool, True = counts. A masked row gets index −1, zeros, zero
+            losses and no gradient.
+        metric: "l2" or "dot".
+        gradient: "straight_through" or "rotation".
+        backend: "triton", "cpp" or "reference"; None chooses. "reference" also takes
+            PyTorch's own gradients.
+    Returns:
+        A named tuple: quantized, shaped as x in the codebook's dtype; indices (N,) int64;
+        commitment (N,), differentiable in x, and codebook (N,), differentiable in the
+        codebook: sums over D, float32 whatever the input (float64 if an input is). A row
+        without a nearest code (NaN or ±Inf in it) gets −1, NaN and no gradient.
+    Raises:
+        ValueError, TypeError, RuntimeError: as `nearest_code`; a mask of another shape or type.
+    van den Oord et al. 2017, arXiv:1711.00937, eq. 1–3. Rotation: Fifty et al. 2024,
+    arXiv:2410.06424, eq. 4.
+    """
+    op = "vector_quantize"
+    checks.check_rows(op, x)
+    checks.check_codebook(op, codebook, x)
+    checks.check_choice(op, "metric", metric, METRICS)
+    checks.check_choice(op, "gradient", gradient, ("straight_through", "rotation"))
+    if mask is not None:
+        _check_mask(mask, x)
+    chosen = choose(op, backend, x, codebook)
+    if backend == "reference":
+        outputs = reference.vector_quantize(
+            x, codebook, mask=mask, metric=metric, gradient=gradient
+        )
+    else:
+        outputs = _VectorQuantize.apply(x, codebook, mask, metric, gradient, chosen)
+    return VectorQuantizeOutput(*outputs)
+
+
+def _check_mask(mask: Tensor, x: Tensor) -> None:
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        got = str(mask.dtype) if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(
+            f"vector_quantize: mask must be a bool tensor, True where the row counts; got {got}."
+        )
+    if mask.shape not in (x.shape[:-1], x.shape[-2:-1]):
+        raise ValueError(
+            f"vector_quantize: mask must be {tuple(x.shape[:-1])} to match x "
+            f"{checks.shape(x)}; got {checks.shape(mask)}."
+        )
+    checks.check_device("vector_quantize", "mask", mask, x)
+
+
+def _wide(x: Tensor, codebook: Tensor) -> torch.dtype:
+    return torch.float64 if torch.float64 in (x.dtype, codebook.dtype) else torch.float32
+
+
+def _forward(
+    x: Tensor, codebook: Tensor, mask: Tensor | None, metric: str, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """quantized, indices and the squared distance, which is the value of both losses."""
+    indices, distance = search(x, codebook, metric, backend)
+    if metric != "l2":
+        distance = _squared_distance(x, codebook, indices)
+    quantized = rows_of_codes(codebook, indices)
+    lost = indices < 0
+    if mask is not None:
+        lost = lost & mask
+        counted = mask.expand_as(indices)
+        indices = torch.where(counted, indices, -1)
+        distance = torch.where(counted, distance, 0.0)
+        quantized = torch.where(counted[..., None], quantized, 0.0)
+    return torch.where(lost[..., None], torch.nan, quantized), indices, distance
+
+
+def _squared_distance(x: Tensor, codebook: Tensor, indices: Tensor) -> Tensor:
+    difference = x.to(_wide(x, codebook)) - rows_of_codes(codebook, indices)
+    return torch.where(indices >= 0, (difference**2).sum(dim=-1), torch.nan)
+
+
+def _forward_fake(
+    x: Tensor, codebook: Tensor, mask: Tensor | None, metric: str, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        x.new_empty(x.shape, dtype=codebook.dtype),
+        x.new_empty(x.shape[:-1], dtype=torch.int64),
+        x.new_empty(x.shape[:-1], dtype=_wide(x, codebook)),
+    )
+
+
+def _backward_x(
+    grad_quantized: Tensor,
+    grad_commitment: Tensor,
+    x: Tensor,
+    codebook: Tensor,
+    indices: Tensor,
+    gradient: str,
+) -> Tensor:
+    """Gradient to x; rows without an index get none."""
+    rows, q = _rows_and_codes(x, codebook, indices)
+    grad = grad_quantized.to(rows.dtype)
+    if gradient == "rotation":
+        grad = _rotate_back(grad, rows, q)
+    grad = grad + 2.0 * grad_commitment[..., None] * (rows - q)
+    return torch.where((indices >= 0)[..., None], grad, 0.0).to(x.dtype)
+
+
+def _backward_codebook(
+    grad_codebook_loss: Tensor, x: Tensor, codebook: Tensor, indices: Tensor, backend: str
+) -> Tensor:
+    """Gradient to the codebook: summed over the rows that chose each code, in row order."""
+    rows, q = _rows_and_codes(x, codebook, indices)
+    pull = 2.0 * grad_codebook_loss[..., None] * (q - rows)
+    pull = torch.where((indices >= 0)[..., None], pull, 0.0)
+    _, grad = segment_sums(pull, indices, codebook.shape[-2], backend)
+    if grad.dim() > codebook.dim():  # one codebook shared by the heads
+        grad = grad.sum(dim=0)
+    return grad.to(codebook.dtype)
+
+
+def _rows_and_codes(x: Tensor, codebook: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    wide = _wide(x, codebook)
+    rows = torch.where((indices >= 0)[..., None], x, 0.0)
+    return rows.to(wide), rows_of_codes(codebook, indices).to(wide)
+
+
+def _rotate_back(grad: Tensor, x: Tensor, q: Tensor) -> Tensor:
+    """λRᵀg = λ(g − 2w(w·g) + 2x̂(q̂·g)), the transpose of x → λRx with R held constant."""
+    x_length = x.norm(dim=-1, keepdim=True).clamp(min=1e-6)
+    q_length = q.norm(dim=-1, keepdim=True)
+    x_unit, q_unit = x / x_length, q / q_length.clamp(min=1e-6)
+    w = F.normalize(x_unit + q_unit, dim=-1, eps=1e-12)
+    along_w = (grad * w).sum(dim=-1, keepdim=True)
+    along_q = (grad * q_unit).sum(dim=-1, keepdim=True)
+    return (q_length / x_length) * (grad - 2 * along_w * w + 2 * along_q * x_unit)
+
+
+class _VectorQuantize(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        codebook: Tensor,
+        mask: Tensor | None,
+        metric: str,
+        gradient: str,
+        backend: str,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        quantized, indices, distance = torch.ops.fastvq.vector_quantize(
+            x, codebook, mask, metric, backend
+        )
+        ctx.save_for_backward(x, codebook, indices)
+        ctx.gradient, ctx.backend = gradient, backend
+        ctx.mark_non_differentiable(indices)
+        ctx.set_materialize_grads(False)
+        return quantized, indices, distance, distance.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(
+        ctx: Any,
+        grad_quantized: Tensor | None,
+        _: Tensor | None,
+        grad_commitment: Tensor | None,
+        grad_codebook_loss: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:
+        x, codebook, indices = ctx.saved_tensors
+        grad_x = grad_codebook = None
+        if ctx.needs_input_grad[0] and not (grad_quantized is None and grad_commitment is None):
+            if grad_quantized is None:
+                grad_quantized = torch.zeros_like(x)
+            if grad_commitment is None:
+                grad_commitment = torch.zeros_like(indices, dtype=_wide(x, codebook))
+            grad_x = torch.ops.fastvq.vector_quantize_backward_x(
+                grad_quantized, grad_commitment, x, codebook, indices, ctx.gradient
+            )
+        if ctx.needs_input_grad[1] and grad_codebook_loss is not None:
+            grad_codebook = torch.ops.fastvq.vector_quantize_backward_codebook(
+                grad_codebook_loss, x, codebook, indices, ctx.backend
+            )
+        return grad_x, grad_codebook, None, None, None, None
+
+
+register(
+    "vector_quantize(Tensor x, Tensor codebook, Tensor? mask, str metric, str backend)"
+    " -> (Tensor, Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+)
+register(
+    "vector_quantize_backward_x(Tensor grad_quantized, Tensor grad_commitment, Tensor x,"
+    " Tensor codebook, Tensor indices, str gradient) -> Tensor",
+    _backward_x,
+    lambda gq, gc, x, codebook, indices, gradient: x.new_empty(x.shape),
+)
+register(
+    "vector_quantize_backward_codebook(Tensor grad_codebook_loss, Tensor x, Tensor codebook,"
+    " Tensor indices, str backend) -> Tensor",
+    _backward_codebook,
+    lambda grad, x, codebook, indices, backend: codebook.new_empty(codebook.shape),
+)
