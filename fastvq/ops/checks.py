@@ -44,6 +44,8 @@ def check_rows(op: str, x: object) -> None:
         )
     if x.shape[-1] == 0:
         raise ValueError(f"{op}: x must have at least one channel; got {shape(x)}.")
+    if x.dim() == 3 and x.shape[0] == 0:
+        raise ValueError(f"{op}: x must have at least one head; got {shape(x)}.")
 
 
 def check_codebook(op: str, codebook: object, x: Tensor) -> None:

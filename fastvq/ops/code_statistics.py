@@ -76,8 +76,6 @@ def segment_sums(x: Tensor, indices: Tensor, num_codes: int, backend: str) -> tu
         return reference.code_statistics(x, indices, num_codes)
     if x.dim() == 3:
         pairs = [_sums_cpp(rows, index, num_codes) for rows, index in zip(x, indices)]
-        if not pairs:
-            return _empty_outputs(x, num_codes)
         return torch.stack([c for c, _ in pairs]), torch.stack([s for _, s in pairs])
     return _sums_cpp(x, indices, num_codes)
 

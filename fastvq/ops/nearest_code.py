@@ -70,8 +70,6 @@ def search(x: Tensor, codebook: Tensor, metric: str, backend: str) -> tuple[Tens
     if x.dim() == 3:
         books = codebook if codebook.dim() == 3 else codebook.expand(x.shape[0], -1, -1)
         pairs = [_search_cpp(rows, book, metric) for rows, book in zip(x, books)]
-        if not pairs:
-            return _empty_outputs(x, codebook)
         return torch.stack([i for i, _ in pairs]), torch.stack([d for _, d in pairs])
     return _search_cpp(x, codebook, metric)
 
