@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,26 @@ METRICS = ("l2", "dot")
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 
+@overload
+def nearest_code(
+    x: Tensor,
+    codebook: Tensor,
+    *,
+    metric: str = ...,
+    precision: str = ...,
+    backend: str | None = ...,
+    return_distance: Literal[False] = ...,
+) -> Tensor: ...
+@overload
+def nearest_code(
+    x: Tensor,
+    codebook: Tensor,
+    *,
+    metric: str = ...,
+    precision: str = ...,
+    backend: str | None = ...,
+    return_distance: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 def nearest_code(
     x: Tensor,
     codebook: Tensor,
