@@ -1,0 +1,338 @@
+"""What a finished run shows: new pictures drawn from it, and reconstructions with their errors.
+
+`draw_samples` and `measure_levels` compute; `save_samples` and `show_reconstructions` write.
+The drawing of the PNG files themselves is in `pictures`, likelihoods are in `metrics`.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastvq.train.data import PictureDataset, evaluation_batches, open_source, to_float
+from fastvq.train.pictures import level_names, reconstructions, save_grid, save_reconstructions
+from fastvq.train.run_folder import Run, load_run
+
+_PER_CLASS = 8  # pictures of each class where no count is asked for
+_MOST_CLASSES = 16  # classes shown where none are asked for
+
+
+class Samples(NamedTuple):
+    """N new pictures on the CPU."""
+
+    pictures: Tensor  # (N, C, H, W) float32, clamped to 0…1
+    labels: Tensor | None  # (N,) int64, ascending runs of each class asked for; None without classes
+    names: list[str] | None  # the name of each picture's class
+
+
+class LevelError(NamedTuple):
+    """How far the reconstructions from the top levels are from the originals."""
+
+    name: str  # which levels, as in `level_names`
+    mse: float  # mean over all elements of all pictures, of 0…1 values
+    psnr: float  # −10 log₁₀ mse, dB
+
+
+def draw_samples(
+    run_path: str | os.PathLike[str],
+    count: int | None = None,
+    *,
+    class_labels: Sequence[str | int] | None = None,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    batch_size: int = 64,
+    device: str | None = None,
+    progress: bool = False,
+) -> Samples:
+    """Draw new pictures from the run of a prior or of a VAE.
+
+    With one seed every batch size gives the same pictures, up to the rounding of the decoder.
+
+    Args:
+        run_path: of a "prior" run, whose first stage must still be where it was, or a "vae" run.
+        count: pictures in all, spread evenly over the classes; None: 8 of each class, or 64.
+        class_labels: names or numbers of the classes to draw; None: all, the first 16 if there are
+            more. Only for a class-conditional prior.
+        temperature, top_k, top_p: as `PixelCNN.sample`; only for a prior.
+        seed: 0 or more.
+        batch_size: pictures drawn at a time.
+        device: "cpu", "cuda", …; None: CUDA where there is one.
+        progress: show a bar.
+    Raises:
+        ValueError: an argument breaks its rule, or the run cannot give new pictures.
+    """
+    run = load_run(run_path)
+    _check_count("batch_size", batch_size)
+    if count is not None:
+        _check_count("count", count)
+    if seed < 0:
+        raise ValueError(f"sample: seed must be 0 or more; got {seed}.")
+    if run.kind == "vae":
+        _refuse_prior_arguments(class_labels, temperature, top_k, top_p)
+        pictures = _draw_from_vae(run, count or 64, seed, batch_size, _device(device), progress)
+        return Samples(pictures, None, None)
+    if run.kind != "prior":
+        raise ValueError(
+            f"sample: run '{run_path}' must be of a prior or a VAE; it is of a {run.kind}, whose "
+            f"codes need a prior first: fastvq train-prior --vqvae '{run_path}' --data … --run …"
+        )
+    prior = run.model(_device(device))
+    classes = _classes(run, prior, class_labels)
+    total = count or (64 if classes is None else _PER_CLASS * len(classes))
+    labels = None if classes is None else _spread(classes, total)
+    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    pictures = _draw_from_prior(run, prior, total, labels, options, batch_size, progress)
+    names = None if labels is None else [_class_name(run, int(label)) for label in labels]
+    return Samples(pictures, labels, names)
+
+
+def save_samples(samples: Samples, path: str | os.PathLike[str]) -> Path:
+    """Write samples as one PNG: a labelled row per class, or each picture labelled."""
+    if samples.names is None:
+        return save_grid(samples.pictures, path)
+    first = list(dict.fromkeys(samples.names))
+    per_class = [samples.names.count(name) for name in first]
+    if len(set(per_class)) == 1:
+        return save_grid(samples.pictures, path, labels=first, columns=per_class[0])
+    return save_grid(samples.pictures, path, labels=samples.names, columns=max(per_class))
+
+
+def save_sample_array(samples: Samples, path: str | os.PathLike[str]) -> Path:
+    """Write samples as a data set: (N, H, W, C) uint8 in a .npy, or with labels in an .npz.
+
+    Raises:
+        ValueError: the path ends otherwise.
+    """
+    target = Path(path)
+    array = (samples.pictures * 255.0).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if target.suffix == ".npy":
+        np.save(target, array)
+    elif target.suffix == ".npz":
+        labels = {} if samples.labels is None else {"labels": samples.labels.numpy()}
+        np.savez(target, images=array, **labels)  # type: ignore[arg-type]
+    else:
+        raise ValueError(f"sample: the array's path must end in .npy or .npz; got '{path}'.")
+    return target
+
+
+def show_reconstructions(
+    run_path: str | os.PathLike[str],
+    data: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    count: int = 8,
+    measure: int = 256,
+    split: str | None = None,
+    batch_size: int = 16,
+    device: str | None = None,
+    workers: int | None = None,
+) -> list[LevelError]:
+    """Write reconstructions beside their originals, level by level, and measure them.
+
+    Args:
+        run_path: of a "vae", "vqvae" or "vqvae2" run.
+        data: pictures, see `open_source`; brought to the size the run was trained at.
+        out: path of the PNG.
+        count: pictures shown, evenly spaced over the data.
+        measure: pictures the errors are taken over, likewise evenly spaced; at least `count`.
+        split: part of the data.
+        batch_size: pictures at a time.
+        device: as `draw_samples`.
+        workers: reading processes; None chooses.
+    Returns:
+        One `LevelError` for the top 1, 2, … all levels.
+    Raises:
+        ValueError: an argument breaks its rule, or the run is of a prior.
+    """
+    _check_count("count", count)
+    _check_count("measure", measure)
+    run = load_run(run_path)
+    if run.kind == "prior":
+        raise ValueError(
+            f"reconstruct: run '{run_path}' must be of a vae, vqvae or vqvae2; it is of a prior. "
+            f"Name the run whose codes it draws: '{run.stage1}'."
+        )
+    model = run.model(_device(device))
+    dataset = _dataset(run, data, split)
+    shown = _evenly(dataset, count)
+    with evaluation_batches(shown, batch_size=count, workers=0) as batches:
+        pictures = to_float(next(batches)["picture"]).to(_device(device))
+    save_reconstructions(model, pictures, out)
+    return measure_levels(model, _evenly(dataset, max(count, measure)), batch_size, workers)
+
+
+def measure_levels(
+    model: nn.Module, dataset: PictureDataset, batch_size: int, workers: int | None = None
+) -> list[LevelError]:
+    """The error of the reconstructions (clamped to 0…1) from the top 1, 2, … all levels."""
+    device = next(model.parameters()).device
+    totals: list[float] = []
+    elements = 0
+    with evaluation_batches(dataset, batch_size=batch_size, workers=workers) as batches:
+        for batch in batches:
+            pictures = to_float(batch["picture"].to(device))
+            errors = [
+                float((decoded.clamp(0.0, 1.0) - pictures).double().square().sum())
+                for decoded in reconstructions(model, pictures)
+            ]
+            totals = [a + b for a, b in zip(totals or [0.0] * len(errors), errors)]
+            elements += pictures.numel()
+    means = [total / elements for total in totals]
+    names = level_names(len(means))
+    return [LevelError(name, mse, _psnr(mse)) for name, mse in zip(names, means)]
+
+
+def _psnr(mse: float) -> float:
+    return math.inf if mse == 0.0 else -10.0 * math.log10(mse)
+
+
+def _device(device: str | None) -> str:
+    """The device asked for, or CUDA where there is one."""
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise RuntimeError(f"device '{device}' cannot be used: {reason}") from error
+    return device
+
+
+def _check_count(name: str, value: int) -> None:
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1; got {value}.")
+
+
+def _refuse_prior_arguments(
+    class_labels: Sequence[str | int] | None,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+) -> None:
+    given = {"class labels": class_labels, "top_k": top_k, "top_p": top_p}
+    named = [name for name, value in given.items() if value is not None]
+    named += ["temperature"] if temperature != 1.0 else []
+    if named:
+        raise ValueError(
+            f"sample: {', '.join(named)} must be left out for a VAE, which draws no codes."
+        )
+
+
+def _classes(
+    run: Run, prior: nn.Module, asked: Sequence[str | int] | None
+) -> list[int] | None:
+    """The labels to draw; None where the prior has no classes."""
+    number: int | None = prior.config["num_classes"]  # type: ignore[index, assignment]
+    if number is None:
+        if asked is not None:
+            raise ValueError("sample: class labels were given; this prior was trained without any.")
+        return None
+    if asked is None:
+        return list(range(min(number, _MOST_CLASSES)))
+    labels = [_class_label(run, number, name) for name in asked]
+    if not labels:
+        raise ValueError("sample: class labels must name at least one class; got none.")
+    return list(dict.fromkeys(labels))
+
+
+def _class_label(run: Run, number: int, asked: str | int) -> int:
+    """The label of a class by its name, or by its number."""
+    names = run.class_names or []
+    if str(asked) in names:
+        return names.index(str(asked))
+    text = str(asked).strip()
+    if text.isascii() and text.isdigit() and int(text) < number:
+        return int(text)
+    known = ", ".join(names[:20]) + (", …" if len(names) > 20 else "")
+    raise ValueError(
+        f"sample: class labels must be in 0 … {number - 1}"
+        + (f" or among {known}" if names else "")
+        + f"; got {text!r}."
+    )
+
+
+def _class_name(run: Run, label: int) -> str:
+    return run.class_names[label] if run.class_names else str(label)
+
+
+def _spread(classes: list[int], total: int) -> Tensor:
+    """`total` labels, as even as can be, the same class side by side: (total,) int64."""
+    return torch.tensor(
+        [classes[position * len(classes) // total] for position in range(total)]
+        if total >= len(classes)
+        else classes[:total]
+    )
+
+
+@contextmanager
+def _bar(total: int, progress: bool) -> Iterator[Any]:
+    """A progress bar over pictures; a silent one where no progress is asked for."""
+    from tqdm.auto import tqdm
+
+    with tqdm(total=total, unit="picture", desc="samples", disable=not progress) as bar:
+        yield bar
+
+
+@torch.no_grad()
+def _draw_from_vae(
+    run: Run, count: int, seed: int, batch_size: int, device: str, progress: bool
+) -> Tensor:
+    model: Any = run.model(device)
+    z = torch.randn(count, model.latent_dim, generator=torch.Generator().manual_seed(seed))
+    drawn: list[Tensor] = []
+    with _bar(count, progress) as bar:
+        for part in z.split(batch_size):
+            drawn.append(model.decode(part.to(device)).float().cpu())
+            bar.update(len(part))
+    return torch.cat(drawn).clamp(0.0, 1.0)
+
+
+def _draw_from_prior(
+    run: Run,
+    prior: Any,
+    count: int,
+    labels: Tensor | None,
+    options: dict[str, Any],
+    batch_size: int,
+    progress: bool,
+) -> Tensor:
+    device = next(prior.parameters()).device
+    decoder: Any = run.stage1_model(device)
+    drawn: list[Tensor] = []
+    # One batch shows the codes as they are drawn; several show the pictures as they are finished.
+    single = count <= batch_size
+    with _bar(count, progress and not single) as bar:
+        for first in range(0, count, batch_size):
+            size = min(batch_size, count - first)
+            part = None if labels is None else labels[first : first + size].to(device)
+            codes = prior.sample(
+                size, class_labels=part, first_sample=first, progress=progress and single, **options
+            )
+            drawn.append(decoder.decode_codes(codes).float().cpu())
+            bar.update(size)
+    return torch.cat(drawn).clamp(0.0, 1.0)
+
+
+def _dataset(run: Run, data: str | os.PathLike[str], split: str | None) -> PictureDataset:
+    """The data in the size and channels that the run was trained on."""
+    channels, height, width = run.resolved["picture_shape"]
+    return PictureDataset(
+        open_source(data, split=split), image_size=(height, width), channels=channels
+    )
+
+
+def _evenly(dataset: PictureDataset, count: int) -> PictureDataset:
+    """At most `count` pictures of a dataset, evenly spaced."""
+    count = min(count, len(dataset))
+    return dataset.subset([position * len(dataset) // count for position in range(count)])
