@@ -12,10 +12,11 @@ import dataclasses
 import json
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from fastvq.version import __version__
 
@@ -53,7 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         _require(arguments.extras)
-        arguments.call(arguments)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            arguments.call(arguments)
     except KeyboardInterrupt:
         print(f"\nfastvq {arguments.command}: {_after_interrupt(arguments)}", file=sys.stderr)
         return 130
@@ -73,6 +76,18 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         print(f"{self.prog}: {message}. Try {self.prog} --help.", file=sys.stderr)
         sys.exit(2)
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """One line, without the place in the sources."""
+    print(f"\nfastvq: warning: {' '.join(str(message).split())}", file=file or sys.stderr)
 
 
 def _require(extras: Sequence[str]) -> None:
@@ -178,16 +193,15 @@ def _add_train(commands: Any) -> None:
         "train",
         _train,
         "train a VAE, VQ-VAE or VQ-VAE-2 on pictures",
-        "Trains the first stage: pictures to a latent or to codes, and back. Writes configuration,\n"
+        "Trains the first stage: pictures to a latent or to codes, and back. Writes settings,\n"
         "metrics, checkpoints and pictures into one run folder. Kill it at any moment: --resume\n"
         f"goes on to the same weights as an unbroken run.\n\n{_DATA}",
         "fastvq train --model vqvae2 --data photos.zip --image-size 256 --run runs/photos\n"
         "fastvq train --run runs/photos --resume --steps 20000",
     )
-    _add_training_options(command)
     own = command.add_argument_group("model and data")
-    own.add_argument("--model", choices=("vae", "vqvae", "vqvae2"), **_absent)
-    own.add_argument("--data", metavar="PATH", **_absent)
+    own.add_argument("--model", choices=("vae", "vqvae", "vqvae2"), help="what to train", **_absent)
+    own.add_argument("--data", metavar="DATA", help="pictures, see above", **_absent)
     own.add_argument("--split", choices=("train", "val", "test"), help=_SPLIT_HELP, **_absent)
     own.add_argument(
         "--image-size",
@@ -212,9 +226,15 @@ def _add_train(commands: Any) -> None:
         help="processes that decode pictures, 0 for none (default: as many as help)",
         **_absent,
     )
+    own.add_argument("--preset", help="a named vqvae2 configuration, such as laptop-256", **_absent)
     own.add_argument(
-        "--preset", help="a named vqvae2 configuration, such as laptop-256", **_absent
+        "--binarise",
+        action=argparse.BooleanOptionalAction,
+        help="vae: draw each pixel as 0 or 1, its value being the probability (default: where the "
+        "likelihood is Bernoulli, as it is for grey pictures)",
+        **_absent,
     )
+    _add_training_options(command)
     _add_model_options(command, _MODEL_FLAGS)
 
 
@@ -251,11 +271,13 @@ def _add_train_prior(commands: Any) -> None:
         "fastvq train-prior --data runs/photos/codes-train --run runs/photos-prior\n"
         "fastvq train-prior --data photos.zip --vqvae runs/photos --run runs/photos-prior",
     )
-    _add_training_options(command)
     own = command.add_argument_group("model and data")
     own.add_argument("--data", metavar="PATH", help="a folder of codes, or pictures", **_absent)
     own.add_argument("--vqvae", metavar="DIR", help="run that encodes pictures", **_absent)
     own.add_argument("--split", choices=("train", "val", "test"), help=_SPLIT_HELP, **_absent)
+    own.add_argument(
+        "--overwrite", action="store_true", help="replace the codes that --vqvae made before"
+    )
     own.add_argument(
         "--weight-average",
         type=float,
@@ -270,6 +292,7 @@ def _add_train_prior(commands: Any) -> None:
         **_absent,
     )
     own.add_argument("--preset", help="a named configuration, such as laptop-256", **_absent)
+    _add_training_options(command)
     _add_model_options(command, _PRIOR_FLAGS)
 
 
@@ -291,7 +314,10 @@ def _add_sample(commands: Any) -> None:
         "--class-labels", metavar="A,B", help="names or numbers of classes (default: all)"
     )
     command.add_argument(
-        "--temperature", type=float, default=1.0, help="below 1 likelier codes; 0 greedy (default 1)"
+        "--temperature",
+        type=float,
+        default=1.0,
+        help="below 1 likelier codes; 0 greedy (default 1)",
     )
     command.add_argument("--top-k", type=int, metavar="K", help="draw among the K likeliest codes")
     command.add_argument(
@@ -344,13 +370,20 @@ def _add_evaluate(commands: Any) -> None:
         commands,
         "evaluate",
         _evaluate,
-        "likelihood of test pictures: ELBO of a VAE, bits per dimension of a prior",
-        "Prints the mean ELBO in nats of the pictures under a VAE, or the nats per code and the\n"
-        f"bits per picture dimension of their codes under a prior.\n\n{_DATA}",
+        "ELBO or bits per dimension of test pictures",
+        "For a VAE: the negative evidence lower bound in nats per picture (of binarised pictures,\n"
+        "where it was trained on such). For a prior: an upper bound on the bits per dimension of\n"
+        f"8-bit pictures, those of the codes and those of the picture given the codes.\n\n{_DATA}",
         "fastvq evaluate --run runs/digits-vae --data mnist --split test",
     )
     command.add_argument("--run", required=True, metavar="DIR", help="of a vae or a prior")
     _add_data_options(command)
+    command.add_argument(
+        "--limit", type=int, metavar="N", help="only the first N pictures (default: all)"
+    )
+    command.add_argument(
+        "--samples", type=int, default=1, metavar="N", help="vae: draws of the latent (default 1)"
+    )
     _add_device_options(command, batch_size=64)
 
 
@@ -394,7 +427,7 @@ def _add_training_options(command: argparse.ArgumentParser) -> None:
     step.add_argument(
         "--learning-rate", type=float, metavar="RATE", help="(default 3e-4)", **_absent
     )
-    step.add_argument("--optimizer", choices=("adam", "adamw"), **_absent)
+    step.add_argument("--optimizer", choices=("adam", "adamw"), help="(default adam)", **_absent)
     step.add_argument(
         "--gradient-clip",
         type=float,
@@ -437,7 +470,7 @@ def _add_model_options(command: argparse.ArgumentParser, flags: dict[str, str]) 
 
 
 def _add_data_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--data", required=True, metavar="PATH", help="pictures")
+    command.add_argument("--data", required=True, metavar="DATA", help="pictures, see above")
     command.add_argument("--split", choices=("train", "val", "test"), help=_SPLIT_HELP)
 
 
@@ -484,8 +517,7 @@ def _encode(arguments: argparse.Namespace) -> None:
 
     out = arguments.out
     if out is None:
-        name = arguments.split or Path(arguments.data).name.split(".")[0]
-        out = Path(arguments.run) / f"codes-{name}"
+        out = _code_folder(arguments.run, arguments.data, arguments.split)
     path = extract_codes(
         arguments.run,
         arguments.data,
@@ -503,18 +535,29 @@ def _train_prior(arguments: argparse.Namespace) -> None:
     from fastvq.train.priors import PriorConfig, train_prior
 
     given = _given(arguments, PriorConfig, _PRIOR_FLAGS)
+    if not arguments.resume:
+        _require_options(vars(arguments), "data")
+    codes = _codes(arguments)
+    if codes is not None:
+        given["codes"] = codes
     if arguments.resume:
         config = _resumed(PriorConfig, arguments.run, given, ("prior",))
     else:
-        _require_options(vars(arguments), "data")
-        config = PriorConfig(codes=_codes(arguments), **given)
+        config = PriorConfig(**given)
     path = train_prior(config, resume=arguments.resume)
     _say_where(path, "fastvq sample draws new pictures from it")
 
 
 def _sample(arguments: argparse.Namespace) -> None:
-    from fastvq.train.showing import draw_samples, save_sample_array, save_samples
+    from fastvq.train.showing import (
+        check_array_path,
+        draw_samples,
+        save_sample_array,
+        save_samples,
+    )
 
+    if arguments.save_array is not None:
+        check_array_path(arguments.save_array)
     labels = arguments.class_labels
     samples = draw_samples(
         arguments.run,
@@ -537,8 +580,8 @@ def _sample(arguments: argparse.Namespace) -> None:
 def _reconstruct(arguments: argparse.Namespace) -> None:
     from fastvq.train.showing import show_reconstructions
 
-    name = Path(arguments.data).name.split(".")[0]
-    out = arguments.out or Path(arguments.run) / "pictures" / f"reconstructions-{name}.png"
+    name = f"reconstructions-{arguments.split or _stem(arguments.data)}.png"
+    out = arguments.out or Path(arguments.run) / "pictures" / name
     errors = show_reconstructions(
         arguments.run,
         arguments.data,
@@ -558,23 +601,29 @@ def _reconstruct(arguments: argparse.Namespace) -> None:
 def _evaluate(arguments: argparse.Namespace) -> None:
     from fastvq.train.metrics import evaluate_bits_per_dim, evaluate_elbo
     from fastvq.train.run_folder import load_run
+    from fastvq.train.showing import device_of
 
-    kind = load_run(arguments.run).kind
-    if kind not in ("vae", "prior"):
-        raise ValueError(
-            f"run '{arguments.run}' must be of a vae or a prior; a {kind} has no likelihood. Use "
-            "fastvq reconstruct for its errors, or evaluate a prior over its codes."
+    run = load_run(arguments.run)
+    options: dict[str, Any] = {
+        "split": arguments.split,
+        "batch_size": arguments.batch_size,
+        "limit": arguments.limit,
+        "device": device_of(arguments.device),
+    }
+    if run.kind == "vae":
+        binarise = run.resolved["binarise"]
+        results = evaluate_elbo(
+            run, arguments.data, binarise=binarise, samples=arguments.samples, **options
         )
-    evaluate = evaluate_elbo if kind == "vae" else evaluate_bits_per_dim
-    results = evaluate(
-        arguments.run,
-        arguments.data,
-        split=arguments.split,
-        batch_size=arguments.batch_size,
-        device=arguments.device,
-    )
+    elif run.kind == "prior":
+        results = evaluate_bits_per_dim(run, arguments.data, **options)
+    else:
+        raise ValueError(
+            f"run '{arguments.run}' must be of a vae or a prior; a {run.kind} has no likelihood. "
+            "Use fastvq reconstruct for its errors, or evaluate a prior over its codes."
+        )
     for name, value in results.items():
-        print(f"{name}: {value:.6g}" if isinstance(value, float) else f"{name}: {value}")
+        print(f"{name}: {value:.6g}")
 
 
 def _info(arguments: argparse.Namespace) -> None:
@@ -631,16 +680,48 @@ def _require_options(given: dict[str, Any], *names: str) -> None:
         )
 
 
-def _codes(arguments: argparse.Namespace) -> str:
-    """The folder of codes to train on: the one named, or one written into the run from pictures."""
-    from fastvq.train.codes import extract_codes
+def _codes(arguments: argparse.Namespace) -> str | None:
+    """The folder of codes to train on, where --data names it or the pictures it is made from.
 
-    vqvae, split = getattr(arguments, "vqvae", None), getattr(arguments, "split", None)
+    Pictures are encoded into the folder that `fastvq encode` would choose; codes that are there
+    already, of the same pictures and the same weights, are taken as they are.
+    """
+    from fastvq.train.codes import MANIFEST, CodeFolder, extract_codes
+    from fastvq.train.run_folder import RunFolder, load_run
+
+    data, split = getattr(arguments, "data", None), getattr(arguments, "split", None)
+    vqvae = getattr(arguments, "vqvae", None)
     if vqvae is None:
         if split is not None:
-            raise ValueError("--split is of pictures; a folder of codes has no parts. Leave it out.")
-        return str(arguments.data)
-    raise NotImplementedError(extract_codes)
+            raise ValueError(
+                "--split is of pictures, with --vqvae; folders of codes have no parts."
+            )
+        return None if data is None else str(Path(data).expanduser().absolute())
+    if data is None:
+        raise ValueError("--vqvae must come with --data, the pictures that it encodes.")
+    out = _code_folder(vqvae, data, split)
+    if arguments.resume:
+        return str(out.absolute())
+    RunFolder.check(arguments.run, None, False)  # before the pictures are encoded
+    if (out / MANIFEST).is_file() and not arguments.overwrite:
+        found = CodeFolder(out)
+        source = found.manifest["source"]
+        same = source["path"] == str(Path(data).absolute()) and source["split"] == split
+        if same and found.stage1["weights_sha256"] == load_run(vqvae).weights_sha256:
+            print(f"codes: {out} (made before)")
+            return str(out.absolute())
+    return str(extract_codes(vqvae, data, out, split=split, overwrite=arguments.overwrite))
+
+
+def _code_folder(run: str, data: str, split: str | None) -> Path:
+    """Where codes go unless told otherwise: RUN/codes-SPLIT, or codes-NAME of the data."""
+    return Path(run) / f"codes-{split or _stem(data)}"
+
+
+def _stem(data: str) -> str:
+    """photos for photos.zip; the folder's name for a folder."""
+    path = Path(data)
+    return path.name if path.is_dir() else path.name.partition(".")[0]
 
 
 def _say_where(path: Path, next_step: str) -> None:

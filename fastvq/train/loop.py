@@ -126,9 +126,11 @@ class Task(Protocol):
     """
 
     kind: str
-    model: nn.Module
     resolved: dict[str, Any]
     weight_average: float
+
+    @property
+    def model(self) -> nn.Module: ...
 
     def batches(self, *, start_step: int, rank: int, world_size: int) -> BatchIterator:
         """Endless batches from `start_step` on, a pure function of the seed and the step."""
@@ -172,8 +174,9 @@ def train(task: Task, config: LoopConfig, *, resume: bool, progress: bool) -> Pa
 def make_accelerator(config: LoopConfig) -> Accelerator:
     """An `Accelerator` of this run's own precision, whatever ran before in this process."""
     AcceleratorState._reset_state()
+    way_out = "Use 'no', or 'bf16' on a CPU."
     try:
-        return Accelerator(
+        accelerator = Accelerator(
             mixed_precision=config.mixed_precision,
             log_with="tensorboard" if is_tensorboard_available() else None,
             project_dir=config.run,
@@ -183,9 +186,11 @@ def make_accelerator(config: LoopConfig) -> Accelerator:
         if config.mixed_precision == "no":
             raise
         raise RuntimeError(
-            f"train: mixed_precision {config.mixed_precision!r} cannot run here: {error} "
-            "Use 'no', or 'bf16' on a CPU."
+            f"train: mixed_precision {config.mixed_precision!r} cannot run here: {error} {way_out}"
         ) from None
+    if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise RuntimeError(f"train: mixed_precision 'fp16' needs a GPU; none is in use. {way_out}")
+    return accelerator
 
 
 def seed_of(*numbers: int) -> int:

@@ -173,14 +173,21 @@ def save_curves(metrics: Sequence[Mapping[str, Any]], path: str | os.PathLike[st
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
         drawn = [v for k, (_, own) in curves.items() if _panel(k) == name for v in own]
-        if name == "loss" and min(drawn) > 0 and max(drawn) > 20 * min(drawn):
-            axis.set_yscale("log")
+        positive = [value for value in drawn if value > 0]
+        wide = bool(positive) and min(drawn) >= 0 and max(positive) > 20 * min(positive)
+        if name in ("loss", "mean squared error") and wide:
+            axis.set_yscale("log")  # zeros, such as the codebook loss of an EMA codebook, go
+        if name == "usage":
+            axis.set_ylim(0.0, 1.05)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return _replace(Path(path), buffer.getvalue())
 
 
-_PANELS = ("loss", "perplexity", "usage", "bits per dimension", "nats")
+_PANELS = (
+    *("loss", "mean squared error", "PSNR, dB", "nats", "nats per code", "bits per dimension"),
+    *("perplexity", "usage"),
+)
 
 
 def _panel(key: str) -> str | None:
@@ -190,12 +197,13 @@ def _panel(key: str) -> str | None:
         ("perplexity", "perplexity"),
         ("usage", "usage"),
         ("bits_per_dim", "bits per dimension"),
+        ("nats_per_code", "nats per code"),
         ("nats", "nats"),
         ("elbo", "nats"),
         ("kl", "nats"),
-        ("nll", "nats"),
+        ("mse", "mean squared error"),
+        ("psnr", "PSNR, dB"),
         ("loss", "loss"),
-        ("mse", "loss"),
     ):
         if part in name:
             return panel

@@ -29,7 +29,9 @@ class Samples(NamedTuple):
     """N new pictures on the CPU."""
 
     pictures: Tensor  # (N, C, H, W) float32, clamped to 0…1
-    labels: Tensor | None  # (N,) int64, ascending runs of each class asked for; None without classes
+    labels: (
+        Tensor | None
+    )  # (N,) int64, ascending runs of each class asked for; None without classes
     names: list[str] | None  # the name of each picture's class
 
 
@@ -79,14 +81,14 @@ def draw_samples(
         raise ValueError(f"sample: seed must be 0 or more; got {seed}.")
     if run.kind == "vae":
         _refuse_prior_arguments(class_labels, temperature, top_k, top_p)
-        pictures = _draw_from_vae(run, count or 64, seed, batch_size, _device(device), progress)
+        pictures = _draw_from_vae(run, count or 64, seed, batch_size, device_of(device), progress)
         return Samples(pictures, None, None)
     if run.kind != "prior":
         raise ValueError(
             f"sample: run '{run_path}' must be of a prior or a VAE; it is of a {run.kind}, whose "
             f"codes need a prior first: fastvq train-prior --vqvae '{run_path}' --data … --run …"
         )
-    prior = run.model(_device(device))
+    prior = run.model(device_of(device))
     classes = _classes(run, prior, class_labels)
     total = count or (64 if classes is None else _PER_CLASS * len(classes))
     labels = None if classes is None else _spread(classes, total)
@@ -113,17 +115,26 @@ def save_sample_array(samples: Samples, path: str | os.PathLike[str]) -> Path:
     Raises:
         ValueError: the path ends otherwise.
     """
-    target = Path(path)
+    target = check_array_path(path)
     array = (samples.pictures * 255.0).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
     target.parent.mkdir(parents=True, exist_ok=True)
     if target.suffix == ".npy":
         np.save(target, array)
-    elif target.suffix == ".npz":
+    else:
         labels = {} if samples.labels is None else {"labels": samples.labels.numpy()}
         np.savez(target, images=array, **labels)  # type: ignore[arg-type]
-    else:
-        raise ValueError(f"sample: the array's path must end in .npy or .npz; got '{path}'.")
     return target
+
+
+def check_array_path(path: str | os.PathLike[str]) -> Path:
+    """The path, where it ends in .npy or .npz.
+
+    Raises:
+        ValueError: it ends otherwise.
+    """
+    if Path(path).suffix not in (".npy", ".npz"):
+        raise ValueError(f"sample: the array's path must end in .npy or .npz; got '{path}'.")
+    return Path(path)
 
 
 def show_reconstructions(
@@ -163,11 +174,11 @@ def show_reconstructions(
             f"reconstruct: run '{run_path}' must be of a vae, vqvae or vqvae2; it is of a prior. "
             f"Name the run whose codes it draws: '{run.stage1}'."
         )
-    model = run.model(_device(device))
+    model = run.model(device_of(device))
     dataset = _dataset(run, data, split)
     shown = _evenly(dataset, count)
     with evaluation_batches(shown, batch_size=count, workers=0) as batches:
-        pictures = to_float(next(batches)["picture"]).to(_device(device))
+        pictures = to_float(next(batches)["picture"]).to(device_of(device))
     save_reconstructions(model, pictures, out)
     return measure_levels(model, _evenly(dataset, max(count, measure)), batch_size, workers)
 
@@ -197,7 +208,7 @@ def _psnr(mse: float) -> float:
     return math.inf if mse == 0.0 else -10.0 * math.log10(mse)
 
 
-def _device(device: str | None) -> str:
+def device_of(device: str | None) -> str:
     """The device asked for, or CUDA where there is one."""
     if device is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
@@ -229,9 +240,7 @@ def _refuse_prior_arguments(
         )
 
 
-def _classes(
-    run: Run, prior: nn.Module, asked: Sequence[str | int] | None
-) -> list[int] | None:
+def _classes(run: Run, prior: nn.Module, asked: Sequence[str | int] | None) -> list[int] | None:
     """The labels to draw; None where the prior has no classes."""
     number: int | None = prior.config["num_classes"]  # type: ignore[index, assignment]
     if number is None:
@@ -317,7 +326,7 @@ def _draw_from_prior(
             size = min(batch_size, count - first)
             part = None if labels is None else labels[first : first + size].to(device)
             codes = prior.sample(
-                size, class_labels=part, first_sample=first, progress=progress and single, **options
+                size, class_labels=part, first_sample=0, progress=progress and single, **options
             )
             drawn.append(decoder.decode_codes(codes).float().cpu())
             bar.update(size)
