@@ -269,5 +269,5 @@ new digits, a row per class:        {folder / "samples.png"}
 test digits, level by level:        {folder / "reconstructions.png"}
 the figures:                        {folder / "results.json"}
 runs, with curves and checkpoints:  {folder / "vqvae2"}, {folder / "prior"}
-{results["seconds"]:.0f} seconds in all"""
+{results["seconds"]:.0f} seconds, this time"""
     )

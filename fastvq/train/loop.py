@@ -43,7 +43,7 @@ from fastvq.train.checkpoint import (
     save_checkpoint,
 )
 from fastvq.train.data import BatchIterator
-from fastvq.train.run_folder import RunFolder
+from fastvq.train.run_folder import RunFolder, read_metrics
 from fastvq.train.weight_average import WeightAverage
 from fastvq.version import __version__
 
@@ -344,7 +344,6 @@ class _Loop:
                 task.draw(self.folder.pictures, self.step)
         if accelerator.is_main_process:
             from fastvq.train.pictures import save_curves
-            from fastvq.train.run_folder import read_metrics
 
             save_curves(read_metrics(self.folder.metrics), self.folder.pictures / "curves.png")
         accelerator.wait_for_everyone()

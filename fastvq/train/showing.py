@@ -326,7 +326,7 @@ def _draw_from_prior(
             size = min(batch_size, count - first)
             part = None if labels is None else labels[first : first + size].to(device)
             codes = prior.sample(
-                size, class_labels=part, first_sample=0, progress=progress and single, **options
+                size, class_labels=part, first_sample=first, progress=progress and single, **options
             )
             drawn.append(decoder.decode_codes(codes).float().cpu())
             bar.update(size)

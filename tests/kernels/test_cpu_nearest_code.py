@@ -250,12 +250,12 @@ def test_isa_in_use_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> 
     assert available[0] == "generic"
     assert _C.isa_in_use() == ISAS[-1]
     for name in {"generic", "avx2", "avx512", "amx"}:
-        os.environ["FASTVQ_CPU_ISA"] = name
+        monkeypatch.setenv("FASTVQ_CPU_ISA", name)
         if name in available:
             assert _C.isa_in_use() == ("avx512" if name == "amx" else name)
         else:
             with pytest.raises(RuntimeError, match=f"FASTVQ_CPU_ISA={name} cannot run"):
                 nearest_code(normal(2, 2), normal(2, 2))
-    os.environ["FASTVQ_CPU_ISA"] = "sse9"
+    monkeypatch.setenv("FASTVQ_CPU_ISA", "sse9")
     with pytest.raises(RuntimeError, match='generic, avx2, avx512 or amx; got "sse9"'):
         _C.isa_in_use()

@@ -20,7 +20,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = (
-    *("fastvq", "kernels", "benchmarks", "tests"),
+    *("fastvq", "kernels", "tests"),
     *("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"),
 )
 # What says where the modules came from, and that no top-level `kernels` came along.
