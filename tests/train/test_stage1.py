@@ -47,6 +47,22 @@ def test_training_lowers_the_reconstruction_error(pictures: Path, tmp_path: Path
     assert losses[-1] < 0.5 * losses[0]
 
 
+def test_a_run_resumes_with_another_thread_count(tmp_path: Path) -> None:
+    # Enough values that torch would split their sum among threads.
+    images = np.random.default_rng(0).integers(0, 256, (128, 40, 40), dtype=np.uint8)
+    np.save(tmp_path / "many.npy", images)
+    config = stage1_config(tmp_path / "many.npy", tmp_path / "run", steps=1)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            config.steps = threads
+            train_stage1(config, resume=threads > 1, progress=False)
+    finally:
+        torch.set_num_threads(before)
+    assert load_run(tmp_path / "run").step == 3
+
+
 def test_validation_reports_the_error_of_the_saved_model(pictures: Path, tmp_path: Path) -> None:
     config = stage1_config(pictures, tmp_path / "run", steps=1, validation_fraction=0.2)
     run = load_run(train_stage1(config, progress=False))
