@@ -253,6 +253,9 @@ def _add_encode(commands: Any) -> None:
     command.add_argument(
         "--out", metavar="DIR", help="folder to write (default RUN/codes-SPLIT or codes-NAME)"
     )
+    command.add_argument(
+        "--strict", action="store_true", help="refuse a broken picture, not leave it out"
+    )
     command.add_argument("--overwrite", action="store_true", help="replace an existing code folder")
     _add_device_options(command, batch_size=64)
     command.add_argument("--workers", type=int, metavar="N", help="processes that decode pictures")
@@ -527,6 +530,7 @@ def _encode(arguments: argparse.Namespace) -> None:
         device=arguments.device,
         workers=arguments.workers,
         overwrite=arguments.overwrite,
+        strict=arguments.strict,
     )
     print(f"codes: {path}")
 
