@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import subprocess
 import sys
@@ -316,3 +317,22 @@ def test_the_module_runs(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert json.dumps(str(tmp_path))[1:-1] in done.stderr
+
+
+def test_torchrun_trains_one_run_in_two_processes(tmp_path: Path) -> None:
+    pictures = np.random.default_rng(0).integers(0, 256, (32, 16, 16), dtype=np.uint8)
+    np.save(tmp_path / "pictures.npy", pictures)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "--"]
+    train = ["fastvq", "train", "--model", "vqvae", "--data", "pictures.npy", "--run", "run"]
+    sizes = ["--steps", "2", "--batch-size", "4", "--hidden-channels", "4", "--num-codes", "4"]
+    encode = ["fastvq", "encode", "--run", "run", "--data", "pictures.npy", "--out", "codes"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = str(Path(__file__).resolve().parents[1])
+    for command in ([*train, *sizes], encode):
+        done = subprocess.run(
+            launch + command, cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+    # A shard for each process, and together every picture once.
+    shards = json.loads((tmp_path / "codes" / "manifest.json").read_text())["shards"]
+    assert [shard["count"] for shard in shards] == [16, 16]

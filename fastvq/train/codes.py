@@ -28,6 +28,7 @@ from tqdm import tqdm
 from fastvq.models import VQVAE2
 from fastvq.train.checkpoint import flush
 from fastvq.train.data import PictureDataset, evaluation_batches, open_source, to_float
+from fastvq.train.processes import several_on_cpus
 from fastvq.train.run_folder import Run, load_run
 from fastvq.train.stage1 import class_names
 
@@ -73,7 +74,7 @@ def extract_codes(
     if batch_size < 1:
         raise ValueError(f"encode: batch_size must be 1 or more; got {batch_size}.")
     _check_free(out, overwrite)
-    state = PartialState()
+    state = PartialState(cpu=several_on_cpus())
     channels, height, width = run.resolved["picture_shape"]
     dataset = PictureDataset(
         open_source(data, split=split),

@@ -43,6 +43,7 @@ from fastvq.train.checkpoint import (
     save_checkpoint,
 )
 from fastvq.train.data import BatchIterator
+from fastvq.train.processes import several_on_cpus
 from fastvq.train.run_folder import RunFolder, read_metrics
 from fastvq.train.weight_average import WeightAverage
 from fastvq.version import __version__
@@ -177,6 +178,7 @@ def make_accelerator(config: LoopConfig) -> Accelerator:
     way_out = "Use 'no', or 'bf16' on a CPU."
     try:
         accelerator = Accelerator(
+            cpu=several_on_cpus(),
             mixed_precision=config.mixed_precision,
             log_with="tensorboard" if is_tensorboard_available() else None,
             project_dir=config.run,
