@@ -73,7 +73,7 @@ class Pretrained:
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
         metadata = {"format": "pt", _CHECKSUM_KEY: _checksum(state)}
-        _replace(
+        replace_file(
             folder / WEIGHTS_NAME,
             lambda path: save_file(state, path, metadata=metadata),
         )
@@ -83,7 +83,9 @@ class Pretrained:
             "arguments": self.config,
         }
         text = json.dumps(config, indent=2) + "\n"
-        _replace(folder / CONFIG_NAME, lambda path: Path(path).write_text(text, encoding="utf-8"))
+        replace_file(
+            folder / CONFIG_NAME, lambda path: Path(path).write_text(text, encoding="utf-8")
+        )
 
     @classmethod
     def from_pretrained(
@@ -174,7 +176,7 @@ def _json_value(value: Any, class_name: str, name: str) -> Any:
     )
 
 
-def _replace(target: Path, write: Callable[[str], Any]) -> None:
+def replace_file(target: Path, write: Callable[[str], Any]) -> None:
     """Let `write` fill a temporary file beside `target`, then move it there in one step."""
     handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
     os.close(handle)

@@ -11,7 +11,6 @@ import io
 import math
 import numbers
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+
+from fastvq.models.pretrained import replace_file
 
 _GAP = 2  # pixels between pictures
 _TEXT = 13  # pixels, the height of a label
@@ -181,7 +182,7 @@ def save_curves(metrics: Sequence[Mapping[str, Any]], path: str | os.PathLike[st
             axis.set_ylim(0.0, 1.05)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
-    return _replace(Path(path), buffer.getvalue())
+    return _write(Path(path), buffer.getvalue())
 
 
 _PANELS = (
@@ -291,21 +292,11 @@ def _draw(
         pen.text((margin - 4, middle), text, "black", font, anchor="rm")
     buffer = io.BytesIO()
     canvas.save(buffer, format="PNG")
-    return _replace(path, buffer.getvalue())
+    return _write(path, buffer.getvalue())
 
 
-def _replace(path: Path, content: bytes) -> Path:
+def _write(path: Path, content: bytes) -> Path:
     """Write a file so that a reader never sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp's 0600 would lock other readers out
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    replace_file(path, lambda temporary: Path(temporary).write_bytes(content))
     return path
