@@ -62,7 +62,7 @@ def masked_conv2d(
     choose(op, backend, x, weight)
     if backend == "reference":
         return reference.masked_conv2d(x, weight, bias, mask_type=mask_type, dilation=dilation)
-    x, weight, bias = under_autocast(x, weight, bias)
+    x, weight, bias = _under_autocast(x, weight, bias)
     check_same_dtype(op, x, weight, bias)
     return _MaskedConv2d.apply(x, weight, bias, mask_type, dilation)
 
@@ -115,7 +115,7 @@ def check_same_dtype(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) ->
             )
 
 
-def under_autocast(
+def _under_autocast(
     x: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The inputs in autocast's dtype where it is on, as PyTorch's convolutions take them."""
