@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import socket
-
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
 from fastvq.nn.codebook import Codebook
@@ -305,65 +301,3 @@ def test_refuses_arguments(arguments: dict, message: str) -> None:
 def test_refuses_other_shapes(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="x must be"):
         Codebook(4, 3)(torch.zeros(shape))
-
-
-# Several processes. Steps: an uninitialised batch nobody has rows in, the k-means start with
-# uneven batches, a NaN row, a process with an empty and one with a fully masked batch.
-
-
-def _shares(step: int, world: int) -> list[tuple[Tensor, Tensor | None]]:
-    """Each process's rows and mask at `step`."""
-    shares: list[tuple[Tensor, Tensor | None]] = []
-    for rank in range(world):
-        x = _rows(23 + 14 * rank, 3, seed=10 * step + rank) + (5.0 if step > 3 else 0.0)
-        mask = None
-        if step == 0 or (step == 4 and rank == 1):
-            mask = torch.zeros(len(x), dtype=torch.bool)
-        if step == 2:
-            x[rank] = torch.nan
-        if step == 3 and rank == 0:
-            x = x[:0]
-        shares.append((x, mask))
-    return shares
-
-
-def _run_rank(rank: int, world: int, port: int, path: str, learnable: bool) -> None:
-    torch.set_num_threads(1)
-    module = Codebook(24, 3, learnable=learnable, decay=0.8)  # before the group exists
-    dist.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world
-    )
-    for value in module.state_dict().values():
-        dist.broadcast(value, 0)
-    for step in range(8):
-        torch.manual_seed(step)  # draws of process 0 must count on every process
-        torch.rand(rank)
-        module(*_shares(step, world)[rank])
-    torch.save(module.state_dict(), f"{path}/{rank}.pt")
-    dist.destroy_process_group()
-
-
-@pytest.mark.parametrize("learnable", [False, True])
-def test_processes_agree_to_the_bit_and_equal_one(tmp_path, learnable: bool) -> None:
-    world = 2
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(_run_rank, args=(world, port, str(tmp_path), learnable), nprocs=world)
-    states = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(world)]
-    _assert_same_state(states[0], states[1])
-
-    alone = Codebook(24, 3, learnable=learnable, decay=0.8)
-    for step in range(8):
-        torch.manual_seed(step)
-        shares = _shares(step, world)
-        masks = [torch.ones(len(x), dtype=torch.bool) if m is None else m for x, m in shares]
-        alone(torch.cat([x for x, _ in shares]), torch.cat(masks))
-    assert bool(alone.initted)
-    # Sums of at most 60 rows of values below 10, in two parts instead of one, at each of 8 steps;
-    # and what such errors do to a quotient.
-    count, total = 8 * U * 60, 8 * U * 60 * 10
-    bounds = {"initted": 0.0, "cluster_size": count, "embed_avg": total}
-    bounds["embed"] = (total + 10 * count) / alone.cluster_size.min().item() + 60 * U
-    for key, value in alone.state_dict().items():
-        assert (value.double() - states[0][key].double()).abs().max() <= bounds[key], key
