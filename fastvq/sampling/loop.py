@@ -12,7 +12,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from fastvq.sampling import cpu_rows
 from fastvq.sampling.cached import CachedExecutor
+from fastvq.sampling.cpu_rows import CpuRowExecutor
 from fastvq.sampling.draw import draw, exact_draw, logit_tolerance
 from fastvq.sampling.full import FullExecutor
 from fastvq.sampling.noise import gumbel_noise
@@ -108,13 +110,21 @@ class Settler:
         return logits
 
 
+def _noise(request: Request, start: int, count: int) -> Tensor | None:
+    """(count, n, K) float64 Gumbel noise of some positions, or None where the temperature is 0."""
+    if request.rule.temperature == 0:
+        return None
+    first = request.first_sample
+    samples = torch.arange(first, first + request.num_samples, device=request.device)
+    positions = torch.arange(start, start + count, device=request.device)
+    return gumbel_noise(request.seed, samples, request.level, positions, request.num_codes)
+
+
 class _Noise:
     """Gumbel noise of one position after another, made a stretch of a row at a time."""
 
     def __init__(self, request: Request) -> None:
         self._request = request
-        first = request.first_sample
-        self._samples = torch.arange(first, first + request.num_samples, device=request.device)
         per_position = max(1, request.num_samples * request.num_codes)
         self._stretch = max(1, min(request.width, _NOISE_BLOCK // per_position))
         self._start = -1
@@ -122,20 +132,11 @@ class _Noise:
 
     def at(self, position: int) -> Tensor | None:
         """(n, K) float64, or None where the temperature is 0."""
-        if self._request.rule.temperature == 0:
-            return None
         start = position - position % self._stretch
-        if self._block is None or start != self._start:
-            positions = torch.arange(start, start + self._stretch, device=self._samples.device)
+        if start != self._start:
             self._start = start
-            self._block = gumbel_noise(
-                self._request.seed,
-                self._samples,
-                self._request.level,
-                positions,
-                self._request.num_codes,
-            )
-        return self._block[position - start]
+            self._block = _noise(self._request, start, self._stretch)
+        return None if self._block is None else self._block[position - start]
 
 
 def _progress_bar(request: Request) -> Any:
@@ -152,14 +153,33 @@ def _progress_bar(request: Request) -> Any:
     return tqdm(total=total, unit="code", unit_scale=True, desc=f"level {request.level}")
 
 
-def _run(executor: Executor, settler: Settler, request: Request, bar: Any) -> Tensor:
-    """Draw every code in raster order; (n, H, W) int64."""
+def _blank(request: Request) -> Tensor:
+    """(n, H, W) int64: the given codes, −1 elsewhere."""
     shape = (request.num_samples, request.height, request.width)
     codes = torch.full(shape, -1, dtype=torch.int64, device=request.device)
-    known = [[False] * request.width] * request.height
     if request.given is not None:
         codes.copy_(request.given)
-        known = (request.given >= 0).all(dim=0).tolist()
+    return codes
+
+
+def _run_rows(executor: CpuRowExecutor, settler: Settler, request: Request, bar: Any) -> Tensor:
+    """Draw every code in raster order, a row at a time; (n, H, W) int64."""
+    codes = _blank(request)
+    for row in range(request.height):
+        for column, doubtful, logits in executor.draw_row(codes, row):
+            noise = _noise(request, row * request.width + column, 1)
+            noise = None if noise is None else noise[0]
+            settled = settler.settle(codes, doubtful, row, column, logits, noise)
+            codes[doubtful, row, column] = settled
+        if bar is not None:
+            bar.update(request.num_samples * request.width)
+    return codes
+
+
+def _run(executor: Executor, settler: Settler, request: Request, bar: Any) -> Tensor:
+    """Draw every code in raster order; (n, H, W) int64."""
+    codes = _blank(request)
+    known = (codes >= 0).all(dim=0).tolist()
     noise_source = _Noise(request)
     for row in range(request.height):
         for column in range(request.width):
@@ -208,18 +228,15 @@ def generate(
         with torch.inference_mode(), full_float32(request.device):
             settler = Settler(model, conditioning, request)
             dtype = working_dtype(next(model.parameters()))
-            executor: Executor
+            told = conditioning.to(dtype)
             if plan is None:
-                executor = FullExecutor(eval_copy(model, dtype), conditioning.to(dtype))
+                executor = FullExecutor(eval_copy(model, dtype), told)
+                codes = _run(executor, settler, request, bar)
+            elif cpu_rows.can_run(plan):
+                codes = _run_rows(CpuRowExecutor(plan, told, request), settler, request, bar)
             else:
-                executor = CachedExecutor(
-                    plan,
-                    conditioning.to(dtype),
-                    request.num_samples,
-                    request.height,
-                    request.width,
-                )
-            codes = _run(executor, settler, request, bar)
+                size = (request.num_samples, request.height, request.width)
+                codes = _run(CachedExecutor(plan, told, *size), settler, request, bar)
     finally:
         if bar is not None:
             bar.close()

@@ -41,6 +41,11 @@ class GatedLayerPlan:
     dilation: int
     residual: bool
 
+    @property
+    def reach(self) -> int:
+        """How many rows up, and columns to either side, the layer sees."""
+        return self.dilation * (self.kernel_size // 2)
+
 
 @dataclass(frozen=True)
 class AttentionPlan:

@@ -12,6 +12,7 @@
 #include "isa.h"
 #include "nearest_code.h"
 #include "rows.h"
+#include "sample_row.h"
 
 namespace {
 
@@ -118,6 +119,36 @@ PyObject* code_statistics(PyObject*, PyObject* args) {
   });
 }
 
+fastvq::SampleRowKernel sample_row_kernel_in_use() {
+  switch (fastvq::isa_in_use()) {
+#if defined(__x86_64__)
+    case fastvq::Isa::kAmx:
+    case fastvq::Isa::kAvx512:
+      return fastvq::sample_row_avx512;
+    case fastvq::Isa::kAvx2:
+      return fastvq::sample_row_avx2;
+#endif
+    default:
+      return fastvq::sample_row_generic;
+  }
+}
+
+PyObject* sample_row(PyObject*, PyObject* args) {
+  unsigned long long problem, columns;
+  long long blocks;
+  if (!PyArg_ParseTuple(args, "KKL", &problem, &columns, &blocks)) return nullptr;
+  return guarded([&]() -> PyObject* {
+    check(blocks >= 1, "_fastvq_C.sample_row: blocks must be at least 1.");
+    const fastvq::SampleRowKernel kernel = sample_row_kernel_in_use();
+    {
+      const WithoutPythonLock unlocked;
+      fastvq::sample_row(kernel, *address<const fastvq::SampleRowProblem*>(problem),
+                         address<int64_t*>(columns), blocks);
+    }
+    Py_RETURN_NONE;
+  });
+}
+
 PyObject* isa_available(PyObject*, PyObject*) {
   return guarded([]() -> PyObject* {
     PyObject* names = PyList_New(0);
@@ -150,6 +181,11 @@ PyMethodDef methods[] = {
      "code_statistics(x, x_dtype, indices, counts, sums, N, K, D, num_threads)\n\n"
      "Writes the number of rows per code into counts (float32, (K,)) and their sums into sums\n"
      "(float32, (K, D)). Index -1 is skipped. See kernels/cpu/code_statistics.h."},
+    {"sample_row", sample_row, METH_VARARGS,
+     "sample_row(problem, columns, blocks)\n\n"
+     "Draws one row of codes. problem is the address of the fields of SampleRowProblem, columns "
+     "that\n"
+     "of (blocks,) int64, the next column of each range of samples. See kernels/cpu/sample_row.h."},
     {"isa_available", isa_available, METH_NOARGS,
      "Names of the instruction sets this machine has: generic, avx2, avx512, amx."},
     {"isa_in_use", isa_in_use, METH_NOARGS,

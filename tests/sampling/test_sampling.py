@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from sampling.priors import MODELS, RULES, K, build_prior, conditioning_of, known_codes
 from torch import Tensor
 
 from fastvq import sampling
@@ -15,79 +16,17 @@ from fastvq.sampling import draw as draw_module
 from fastvq.sampling.cached import CachedExecutor
 from fastvq.sampling.full import FullExecutor
 from fastvq.sampling.loop import Settler
+from fastvq.sampling.vertical import VerticalStack
 
-N, K = 3, 9
-
-MODELS: dict[str, dict[str, Any]] = {
-    "plain": {"num_layers": 3},
-    "one layer": {"num_layers": 1},
-    "deep": {"num_layers": 10},
-    "kernel 5": {"num_layers": 3, "kernel_size": 5},
-    "kernel 7": {"num_layers": 2, "kernel_size": 7},
-    "first kernel 7": {"num_layers": 3, "first_kernel_size": 7},
-    "dilations": {"num_layers": 5, "dilations": (1, 2, 4)},
-    "classes": {"num_layers": 3, "num_classes": 4},
-    "condition": {"num_layers": 3, "condition_channels": 5},
-    "attention": {"num_layers": 4, "attention_every": 2, "attention_heads": 2},
-    "everything": {
-        "num_layers": 4,
-        "kernel_size": 5,
-        "num_classes": 4,
-        "condition_channels": 5,
-        "dilations": (1, 2),
-        "attention_every": 2,
-        "attention_heads": 4,
-        "dropout": 0.4,
-    },
-}
+N = 3
 SHAPES = [(4, 6), (7, 3), (1, 1), (1, 8), (8, 1)]
-RULES: dict[str, dict[str, Any]] = {
-    "temperature 1": {},
-    "greedy": {"temperature": 0.0},
-    "cold": {"temperature": 0.3},
-    "top-k": {"top_k": 3},
-    "top-p": {"top_p": 0.7},
-    "all three": {"temperature": 1.3, "top_k": 6, "top_p": 0.8},
-}
-
-
-def _build(name: str, seed: int = 0) -> PixelCNN:
-    """A prior with weights large enough that its logits are far from uniform."""
-    torch.manual_seed(seed)
-    model = PixelCNN(K, 16, **MODELS[name])
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(1.5)
-    return model
-
-
-def _told(name: str, n: int, shape: tuple[int, int]) -> dict[str, Tensor]:
-    told = {}
-    if "num_classes" in MODELS[name]:
-        told["class_labels"] = torch.arange(n) % 4
-    if "condition_channels" in MODELS[name]:
-        told["condition"] = torch.randn(n, 5, *shape, generator=torch.Generator().manual_seed(1))
-    return told
-
-
-def _given(n: int, shape: tuple[int, int], pattern: str) -> Tensor:
-    codes = torch.randint(0, K, (n, *shape), generator=torch.Generator().manual_seed(2))
-    rows = torch.arange(shape[0])[:, None].expand(shape)
-    known = {
-        "top half": (rows < shape[0] // 2).expand(n, *shape),
-        "bottom half": (rows >= shape[0] // 2).expand(n, *shape),
-        "scattered": torch.rand(n, *shape, generator=torch.Generator().manual_seed(3)) < 0.5,
-        "all": torch.ones(n, *shape, dtype=torch.bool),
-        "none": torch.zeros(n, *shape, dtype=torch.bool),
-    }[pattern]
-    return torch.where(known, codes, -1)
 
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_cached_logits_equal_the_forward(name: str, shape: tuple[int, int]) -> None:
-    model = _build(name).double().eval()
-    told = _told(name, N, shape)
+    model = build_prior(name).double().eval()
+    told = conditioning_of(name, N, shape)
     conditioning = sampling.Conditioning(told.get("class_labels"), told.get("condition"))
     if conditioning.condition is not None:
         told["condition"] = told["condition"].double()
@@ -108,10 +47,10 @@ def test_cached_logits_equal_the_forward(name: str, shape: tuple[int, int]) -> N
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("name", MODELS)
 def test_both_methods_give_the_same_codes(name: str, rule: str) -> None:
-    model = _build(name)
+    model = build_prior(name)
     for shape, pattern in zip(SHAPES, ("scattered", "none", "none", "top half", "bottom half")):
-        arguments = {**RULES[rule], **_told(name, N, shape), "seed": 4}
-        arguments["given"] = _given(N, shape, pattern)
+        arguments = {**RULES[rule], **conditioning_of(name, N, shape), "seed": 4}
+        arguments["given"] = known_codes(N, shape, pattern)
         cached = model.sample(shape, N, method="cached", **arguments)
         full = model.sample(shape, N, method="full", **arguments)
         assert cached.shape == (N, *shape)
@@ -122,8 +61,8 @@ def test_both_methods_give_the_same_codes(name: str, rule: str) -> None:
 @pytest.mark.parametrize("method", sampling.METHODS)
 @pytest.mark.parametrize("name", ["plain", "everything"])
 def test_batch_splits_and_order_change_nothing(name: str, method: str) -> None:
-    model, shape = _build(name), (4, 6)
-    told = _told(name, 8, shape)
+    model, shape = build_prior(name), (4, 6)
+    told = conditioning_of(name, 8, shape)
     arguments: dict[str, Any] = {"seed": 9, "method": method, "top_p": 0.95}
     whole = model.sample(shape, 8, **told, **arguments)
     assert len({tuple(one.flatten().tolist()) for one in whole}) > 1
@@ -138,8 +77,8 @@ def test_batch_splits_and_order_change_nothing(name: str, method: str) -> None:
 
 @pytest.mark.parametrize("pattern", ["top half", "bottom half", "scattered", "all", "none"])
 def test_given_codes_stay_and_the_rest_is_drawn(pattern: str) -> None:
-    model, shape = _build("plain"), (4, 6)
-    given = _given(N, shape, pattern)
+    model, shape = build_prior("plain"), (4, 6)
+    given = known_codes(N, shape, pattern)
     for method in sampling.METHODS:
         codes = model.sample(shape, N, given=given, seed=1, method=method)
         assert torch.equal(codes[given >= 0], given[given >= 0])
@@ -149,13 +88,13 @@ def test_given_codes_stay_and_the_rest_is_drawn(pattern: str) -> None:
 
 
 def test_greedy_is_the_argmax_of_the_forward() -> None:
-    model, shape = _build("plain").double().eval(), (4, 6)
+    model, shape = build_prior("plain").double().eval(), (4, 6)
     codes = model.sample(shape, 1, temperature=0)
     assert torch.equal(model(codes).argmax(dim=1), codes)
 
 
 def test_seeds_and_levels() -> None:
-    model, shape = _build("plain"), (4, 6)
+    model, shape = build_prior("plain"), (4, 6)
     first = model.sample(shape, N, seed=1)
     assert torch.equal(first, model.sample(shape, N, seed=1))
     assert not torch.equal(first, model.sample(shape, N, seed=2))
@@ -187,8 +126,8 @@ def test_frequencies_are_the_probabilities(method: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_other_dtypes(dtype: torch.dtype) -> None:
     """16-bit weights are sampled in float32, so both methods agree for them as well."""
-    model, shape = _build("everything").to(dtype), (4, 6)
-    told = _told("everything", N, shape)
+    model, shape = build_prior("everything").to(dtype), (4, 6)
+    told = conditioning_of("everything", N, shape)
     told["condition"] = told["condition"].to(dtype)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         cached = model.sample(shape, N, seed=3, **told)
@@ -213,7 +152,7 @@ def test_settling_makes_disturbed_logits_harmless(
     rule: str, settling: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With tolerance 0.1 and errors of 0.09 codes stay; without settling they move."""
-    model, shape = _build("plain"), (6, 8)
+    model, shape = build_prior("plain"), (6, 8)
     expected = model.sample(shape, 4, seed=11, **RULES[rule])
     monkeypatch.setattr(draw_module, "TOLERANCE", 0.1)
     monkeypatch.setattr(
@@ -234,7 +173,7 @@ def test_settling_makes_disturbed_logits_harmless(
 
 
 def test_errors_beyond_the_tolerance_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = _build("plain")
+    model = build_prior("plain")
     monkeypatch.setattr(
         "fastvq.sampling.loop.FullExecutor", lambda *args: _Disturbed(FullExecutor(*args), 0.1)
     )
@@ -249,10 +188,10 @@ def test_errors_beyond_the_tolerance_are_told(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_no_samples_and_results_autograd_may_keep() -> None:
-    model = _build("everything")
-    told = _told("everything", 0, (3, 4))
+    model = build_prior("everything")
+    told = conditioning_of("everything", 0, (3, 4))
     assert model.sample((3, 4), 0, **told).shape == (0, 3, 4)
-    told = _told("everything", 2, (3, 4))
+    told = conditioning_of("everything", 2, (3, 4))
     codes = model.sample((3, 4), 2, seed=0, **told)
     assert not codes.is_inference()
     model.log_prob(codes, **told).sum().backward()
@@ -260,7 +199,7 @@ def test_no_samples_and_results_autograd_may_keep() -> None:
 
 
 def test_a_label_for_all() -> None:
-    model = _build("classes")
+    model = build_prior("classes")
     labels = torch.full((N,), 2)
     codes = model.sample((3, 4), N, class_labels=labels, seed=0)
     assert torch.equal(codes, model.sample((3, 4), N, class_labels=2, seed=0))
@@ -268,7 +207,7 @@ def test_a_label_for_all() -> None:
 
 @pytest.mark.parametrize("method", sampling.METHODS)
 def test_weights_that_are_not_finite(method: str) -> None:
-    model = _build("plain")
+    model = build_prior("plain")
     model.head[3].bias.data[0] = torch.nan
     with pytest.raises(RuntimeError, match="logits at row 0, column 0 must be finite"):
         model.sample((2, 2), 1, method=method)
@@ -277,14 +216,14 @@ def test_weights_that_are_not_finite(method: str) -> None:
 def test_progress_counts_codes_and_interrupts_pass(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = _build("plain")
+    model = build_prior("plain")
     model.sample((3, 4), 2, progress=True)
     assert "24.0/24.0" in capsys.readouterr().err
 
-    def interrupted(self: CachedExecutor, codes: Tensor, row: int, column: int, want: bool) -> None:
+    def interrupted(self: VerticalStack, codes: Tensor, row: int) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(CachedExecutor, "step", interrupted)
+    monkeypatch.setattr(VerticalStack, "start_row", interrupted)
     with pytest.raises(KeyboardInterrupt):
         model.sample((3, 4), 2, progress=True)
     assert not torch.is_inference_mode_enabled()
@@ -301,14 +240,14 @@ def test_progress_without_tqdm(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(builtins, "__import__", without_tqdm)
     with pytest.raises(RuntimeError, match="progress=True needs tqdm"):
-        _build("plain").sample((2, 2), 1, progress=True)
+        build_prior("plain").sample((2, 2), 1, progress=True)
 
 
 def test_float32_settings_come_back() -> None:
     precision = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("medium")
-        _build("plain").sample((2, 2), 1)
+        build_prior("plain").sample((2, 2), 1)
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(precision)
@@ -338,11 +277,11 @@ def test_float32_settings_come_back() -> None:
 def test_refusals(arguments: dict[str, Any], message: str) -> None:
     arguments = {"shape": (2, 2), "n": 1, **arguments}
     with pytest.raises(ValueError, match=message):
-        _build("plain").sample(**arguments)
+        build_prior("plain").sample(**arguments)
 
 
 def test_refusals_of_types() -> None:
     with pytest.raises(TypeError, match="seed must be an int or None; got float"):
-        _build("plain").sample((2, 2), 1, seed=1.0)
+        build_prior("plain").sample((2, 2), 1, seed=1.0)
     with pytest.raises(TypeError, match=r"given must be int64 codes.*got torch\.float32"):
-        _build("plain").sample((2, 2), 1, given=torch.zeros(2, 2))
+        build_prior("plain").sample((2, 2), 1, given=torch.zeros(2, 2))
