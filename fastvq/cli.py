@@ -167,6 +167,8 @@ def _sample(arguments: argparse.Namespace) -> None:
         top_k=arguments.top_k,
         top_p=arguments.top_p,
         seed=arguments.seed,
+        complete=arguments.complete,
+        keep=arguments.keep,
         batch_size=arguments.batch_size,
         device=arguments.device,
         progress=True,

@@ -226,7 +226,8 @@ def _add_sample(commands: Any) -> None:
         "draw new pictures from a prior or a VAE",
         "Draws codes from a trained prior, decodes them, and writes a labelled grid; one row per\n"
         "class where the prior knows classes. The run of a VAE serves too.",
-        "fastvq sample --run runs/photos-prior --count 64 --temperature 0.9 --out new.png",
+        "fastvq sample --run runs/photos-prior --count 64 --temperature 0.9 --out new.png\n"
+        "fastvq sample --run runs/photos-prior --count 8 --complete photo.jpg --keep left-half",
     )
     command.add_argument("--run", required=True, metavar="DIR", help="of a prior or a vae")
     command.add_argument(
@@ -246,6 +247,17 @@ def _add_sample(commands: Any) -> None:
         "--top-p", type=float, metavar="P", help="draw among the likeliest codes of total share P"
     )
     command.add_argument("--seed", type=int, default=0, help="same seed, same pictures (default 0)")
+    command.add_argument(
+        "--complete",
+        metavar="PICTURE",
+        help="keep the codes of a half of this picture, draw others",
+    )
+    command.add_argument(
+        "--keep",
+        choices=("top-half", "bottom-half", "left-half", "right-half"),
+        default="top-half",
+        help="which half --complete keeps (default top-half)",
+    )
     command.add_argument(
         "--out", metavar="PATH.png", help="grid (default RUN/pictures/samples-SEED.png)"
     )

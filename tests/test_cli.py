@@ -184,6 +184,31 @@ def test_samples_of_chosen_classes_and_their_default_place(work: Path, tmp_path:
     assert (work / "prior" / "pictures" / "samples-7.png").is_file()
 
 
+def test_completes_a_picture(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with np.load(work / "shapes.npz") as data:
+        picture = data["images"][0]
+    Image.fromarray(picture.squeeze()).save(tmp_path / "shape.png")
+    run, out, array = str(work / "prior"), tmp_path / "a.png", tmp_path / "a.npy"
+    command = ["sample", "--run", run, "--class-labels", "1", "--count", "3", "--out", str(out)]
+    complete = ["--complete", str(tmp_path / "shape.png"), "--keep", "left-half"]
+    assert cli.main([*command, *complete, "--save-array", str(array)]) == 0
+    assert size(out)[0] > 2 * 64  # what is known, and three completions
+    drawn = np.load(array).astype(int)
+    assert drawn.shape == (3, 16, 16, 1)
+    assert (drawn[:, :, 8:] != drawn[:1, :, 8:]).any()
+    # The left quarter is far from every code that differs, and decoded from the same codes.
+    assert np.abs(drawn[:, :, :2] - drawn[:1, :, :2]).max() <= 1
+
+    line = refused(capsys, *command, "--complete", str(tmp_path / "none.png"))
+    assert "must be a file" in line
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    assert "cannot be read" in refused(capsys, *command, "--complete", str(tmp_path / "broken.png"))
+    vae = ["sample", "--run", str(work / "vae"), "--out", str(out)]
+    assert "complete must be left out" in refused(capsys, *vae, *complete)
+
+
 def test_samples_of_a_vae_do_not_depend_on_the_batch(work: Path, tmp_path: Path) -> None:
     for name, batch in (("a.npy", "5"), ("b.npy", "2")):
         options = ["--count", "5", "--batch-size", batch, "--save-array", str(tmp_path / name)]

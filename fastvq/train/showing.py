@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastvq.train.completion import KnownPart, known_part
 from fastvq.train.data import PictureDataset, evaluation_batches, open_source, to_float
 from fastvq.train.pictures import level_names, reconstructions, save_grid, save_reconstructions
 from fastvq.train.run_folder import Run, load_run
@@ -33,6 +34,7 @@ class Samples(NamedTuple):
         Tensor | None
     )  # (N,) int64, ascending runs of each class asked for; None without classes
     names: list[str] | None  # the name of each picture's class
+    completed: Tensor | None = None  # (C, H, W) what was known of the picture they all complete
 
 
 class LevelError(NamedTuple):
@@ -52,6 +54,8 @@ def draw_samples(
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int = 0,
+    complete: str | os.PathLike[str] | None = None,
+    keep: str = "top-half",
     batch_size: int = 64,
     device: str | None = None,
     progress: bool = False,
@@ -67,6 +71,8 @@ def draw_samples(
             more. Only for a class-conditional prior.
         temperature, top_k, top_p: as `PixelCNN.sample`; only for a prior.
         seed: 0 or more.
+        complete: a picture file; its half `keep` ("top-half", "bottom-half", "left-half" or
+            "right-half") keeps its codes, and the others are drawn. Only for a prior.
         batch_size: pictures drawn at a time.
         device: "cpu", "cuda", …; None: CUDA where there is one.
         progress: show a bar.
@@ -80,7 +86,7 @@ def draw_samples(
     if seed < 0:
         raise ValueError(f"sample: seed must be 0 or more; got {seed}.")
     if run.kind == "vae":
-        _refuse_prior_arguments(class_labels, temperature, top_k, top_p)
+        _refuse_prior_arguments(class_labels, temperature, top_k, top_p, complete)
         pictures = _draw_from_vae(run, count or 64, seed, batch_size, device_of(device), progress)
         return Samples(pictures, None, None)
     if run.kind != "prior":
@@ -92,14 +98,26 @@ def draw_samples(
     classes = _classes(run, prior, class_labels)
     total = count or (64 if classes is None else _PER_CLASS * len(classes))
     labels = None if classes is None else _spread(classes, total)
-    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-    pictures = _draw_from_prior(run, prior, total, labels, options, batch_size, progress)
+    options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    options["seed"] = seed
+    decoder: Any = run.stage1_model(device_of(device))
+    known: KnownPart | None = None
+    if complete is not None:
+        known = known_part(run, decoder, complete, keep)
+        options["given"] = known.given
+    pictures = _draw_from_prior(prior, decoder, total, labels, options, batch_size, progress)
     names = None if labels is None else [_class_name(run, int(label)) for label in labels]
-    return Samples(pictures, labels, names)
+    return Samples(pictures, labels, names, None if known is None else known.shown)
 
 
 def save_samples(samples: Samples, path: str | os.PathLike[str]) -> Path:
-    """Write samples as one PNG: a labelled row per class, or each picture labelled."""
+    """Write samples as one PNG: a labelled row per class, or each picture labelled.
+
+    What was known of a completed picture comes first.
+    """
+    if samples.completed is not None:
+        pictures = torch.cat([samples.completed[None], samples.pictures])
+        return save_grid(pictures, path, labels=["known", *(samples.names or _numbers(samples))])
     if samples.names is None:
         return save_grid(samples.pictures, path)
     first = list(dict.fromkeys(samples.names))
@@ -107,6 +125,10 @@ def save_samples(samples: Samples, path: str | os.PathLike[str]) -> Path:
     if len(set(per_class)) == 1:
         return save_grid(samples.pictures, path, labels=first, columns=per_class[0])
     return save_grid(samples.pictures, path, labels=samples.names, columns=max(per_class))
+
+
+def _numbers(samples: Samples) -> list[str]:
+    return [str(number) for number in range(len(samples.pictures))]
 
 
 def save_sample_array(samples: Samples, path: str | os.PathLike[str]) -> Path:
@@ -230,8 +252,9 @@ def _refuse_prior_arguments(
     temperature: float,
     top_k: int | None,
     top_p: float | None,
+    complete: str | os.PathLike[str] | None,
 ) -> None:
-    given = {"class labels": class_labels, "top_k": top_k, "top_p": top_p}
+    given = {"class labels": class_labels, "top_k": top_k, "top_p": top_p, "complete": complete}
     named = [name for name, value in given.items() if value is not None]
     named += ["temperature"] if temperature != 1.0 else []
     if named:
@@ -308,8 +331,8 @@ def _draw_from_vae(
 
 
 def _draw_from_prior(
-    run: Run,
     prior: Any,
+    decoder: Any,
     count: int,
     labels: Tensor | None,
     options: dict[str, Any],
@@ -317,7 +340,6 @@ def _draw_from_prior(
     progress: bool,
 ) -> Tensor:
     device = next(prior.parameters()).device
-    decoder: Any = run.stage1_model(device)
     drawn: list[Tensor] = []
     # One batch shows the codes as they are drawn; several show the pictures as they are finished.
     single = count <= batch_size
