@@ -153,8 +153,13 @@ struct CodedRowsArguments {
     check_dtype(x_dtype);
     check_dtype(codebook_dtype);
     check_sizes(books >= 1 && rows_per_book >= 0 && K >= 0 && D >= 1 && num_threads >= 1);
-    return {address<const void*>(x), x_dtype, address<const void*>(codebook), codebook_dtype,
-            rows_per_book,           K,       D};
+    return {address<const void*>(x),
+            x_dtype,
+            address<const void*>(codebook),
+            codebook_dtype,
+            rows_per_book,
+            K,
+            D};
   }
   int64_t num_rows() const { return books * rows_per_book; }
 };
@@ -225,10 +230,10 @@ PyObject* vector_quantize_backward_codebook(PyObject*, PyObject* args) {
     const fastvq::RowPasses& passes = passes_in_use();
     {
       const WithoutPythonLock unlocked;
-      fastvq::vector_quantize_backward_codebook(
-          passes, rows, in.num_rows(), address<const int64_t*>(indices),
-          address<const float*>(grad_distance), stride, address<float*>(grad_codebook),
-          num_threads);
+      fastvq::vector_quantize_backward_codebook(passes, rows, in.num_rows(),
+                                                address<const int64_t*>(indices),
+                                                address<const float*>(grad_distance), stride,
+                                                address<float*>(grad_codebook), num_threads);
     }
     Py_RETURN_NONE;
   });
@@ -271,7 +276,8 @@ PyMethodDef methods[] = {
      "mask_rows, metric, quantized, indices, distance, num_threads)\n\n"
      "mask may be 0. See kernels/cpu/vector_quantize.h."},
     {"vector_quantize_backward_x", vector_quantize_backward_x, METH_VARARGS,
-     "vector_quantize_backward_x(x, x_dtype, codebook, codebook_dtype, books, rows_per_book, K, D,\n"
+     "vector_quantize_backward_x(x, x_dtype, codebook, codebook_dtype, books, rows_per_book, K, "
+     "D,\n"
      "indices, grad_quantized, grad_distance, stride, rotation, grad_x, num_threads)\n\n"
      "Either gradient may be 0. See kernels/cpu/vector_quantize.h."},
     {"vector_quantize_backward_codebook", vector_quantize_backward_codebook, METH_VARARGS,

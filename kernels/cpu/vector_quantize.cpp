@@ -15,10 +15,8 @@ int64_t bytes_of(int dtype) { return dtype == kFloat32 ? 4 : 2; }
 // Calls pass(first, last) with equal ranges of rows on up to num_threads threads.
 template <class Pass>
 void over_rows(int64_t N, int64_t D, int num_threads, const Pass& pass) {
-  const int workers = useful_threads(num_threads, static_cast<double>(N) * static_cast<double>(D));
-  run_workers(workers, [&](int worker) {
-    pass(N * worker / workers, N * (worker + 1) / workers);
-  });
+  const int workers = threads_for_rows(num_threads, N, D);
+  run_workers(workers, [&](int worker) { pass(N * worker / workers, N * (worker + 1) / workers); });
 }
 
 }  // namespace
