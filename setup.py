@@ -33,6 +33,8 @@ AVX512_FLAGS = [
 X86_FLAGS = {
     "nearest_code_avx2.cpp": AVX2_FLAGS,
     "nearest_code_avx512.cpp": AVX512_FLAGS,
+    "row_passes_avx2.cpp": AVX2_FLAGS,
+    "row_passes_avx512.cpp": AVX512_FLAGS,
     # The priors' arithmetic has no canonical rounding to keep.
     "sample_row_avx2.cpp": [*AVX2_FLAGS, "-ffp-contract=fast"],
     "sample_row_avx512.cpp": [*AVX512_FLAGS, "-ffp-contract=fast"],
