@@ -346,8 +346,7 @@ PyMethodDef methods[] = {
      "See kernels/cpu/residual_quantize.h."},
     {"sample_row", sample_row, METH_VARARGS,
      "sample_row(problem, columns, blocks)\n\n"
-     "Draws one row of codes. problem is the address of SampleRowProblem's fields, columns that "
-     "of\n"
+     "Draws one row of codes. problem: address of a SampleRowProblem; columns: address of\n"
      "(blocks,) int64, the next column of each range of samples. See kernels/cpu/sample_row.h."},
     {"isa_available", isa_available, METH_NOARGS,
      "Names of the instruction sets this machine has: generic, avx2, avx512, amx."},
