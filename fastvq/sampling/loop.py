@@ -17,6 +17,7 @@ from fastvq.sampling.cached import CachedExecutor
 from fastvq.sampling.cpu_rows import CpuRowExecutor
 from fastvq.sampling.draw import draw, exact_draw, logit_tolerance
 from fastvq.sampling.full import FullExecutor
+from fastvq.sampling.memory import check_memory
 from fastvq.sampling.noise import gumbel_noise
 from fastvq.sampling.plan import PriorPlan
 from fastvq.sampling.precision import full_float32
@@ -218,11 +219,13 @@ def generate(
     Returns:
         (n, H, W) int64.
     Raises:
-        RuntimeError: the model's logits are not finite; `progress` without tqdm.
+        RuntimeError: the model's logits are not finite; `progress` without tqdm; too little memory.
     """
     if request.num_samples == 0:
         shape = (0, request.height, request.width)
         return torch.zeros(shape, dtype=torch.int64, device=request.device)
+    if plan is not None:
+        check_memory(plan, request)
     bar = _progress_bar(request)
     try:
         with torch.inference_mode(), full_float32(request.device):
