@@ -9,11 +9,12 @@ One block owns pairs of row tiles, one tile per consumer warpgroup; a producer w
 through a ring in shared memory with the tensor memory accelerator (TMA). Rows, accumulators and the
 running best stay in registers; scores are never written to memory.
 
-    score[n, k] = Σ_d rows[n, d] · codes[k, d] + bias[k]
+    score[n, k] = Σ_j rows[n, j] · codes[k, j] − ratio[n] · norms[k]
 
-A *slot* is GROUPS codes of one 128-code tile that lie 128 / GROUPS apart. Each row gets its best
+A *slot* is GROUP codes of one 128-code tile that lie 128 / GROUP apart. Each row gets its best
 slot, the best score and the best score of any other slot: what decides whether the winner is
-certain. Certifying and rescoring are the caller's, as for the plain kernel.
+certain. Operands, results and the meaning of ID_BITS are those of nearest_code_search.py, so that
+certifying and rescoring are shared.
 
 What the compilers do to such kernels, and why the code is as it is:
 
@@ -53,24 +54,21 @@ CONSUMERS = gl.constexpr(2)
 TILE_CODES = gl.constexpr(128)
 # Below every score and finite; also with an id in its low bits.
 LOWEST = gl.constexpr(-3.0e38)
-# The narrow kernel keeps the number of a tile in the low bits of a score. Scores shrink or grow by
-# less than 2⁻¹³ of themselves: 10 of the 23 bits behind the leading one.
-TILE_IDS = gl.constexpr(1024)
-TILE_ID_ERROR = 2.0**-13
+# How many low bits of a score the narrow kernel gives to the number of its tile.
+TILE_ID_BITS = 10
 
 SHARED_BYTES_PER_BLOCK = 227 * 1024
-MAX_DEPTH = 256
 
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-    """How one padded row width is searched; the shapes of `configs/`, by argument name."""
+    """How operands of one width are searched."""
 
     rows: int  # per consumer
-    groups: int  # codes per slot
+    group: int  # codes per slot
     tiles: int  # 128-code tiles per stage of the ring
     stages: int
-    chunk: int  # channels per stage
+    chunk: int  # columns of the operands per stage
     # Whether only each row's best is kept between tiles, or the best of every slot column.
     row_state: bool
     consumer_registers: int = 240
@@ -79,21 +77,34 @@ class Tiling:
     def stage_codes(self) -> int:
         return self.tiles * TILE_CODES.value
 
-    def shared_bytes(self, depth: int, has_bias: bool) -> int:
-        """Rows, the ring of codes and biases, and the barriers."""
-        rows = CONSUMERS.value * self.rows * depth * 2
-        ring = self.stages * self.stage_codes * (self.chunk * 2 + 4 * has_bias)
-        barriers = 8 * (2 * CONSUMERS.value + 2 * self.stages + CONSUMERS.value)
-        return rows + ring + barriers
+    @property
+    def id_bits(self) -> int:
+        """Low bits of a score that hold a number: of its slot with row state, else of its tile."""
+        return (TILE_CODES.value // self.group - 1).bit_length() if self.row_state else TILE_ID_BITS
+
+    @property
+    def most_codes(self) -> int:
+        return 2**31 - 1 if self.row_state else TILE_CODES.value << TILE_ID_BITS
+
+    def shared_bytes(self, width: int, has_norms: bool) -> int:
+        """Rows, the ring of codes and norms, the barriers, and 256 bytes of the compiler's own."""
+        rows = CONSUMERS.value * self.rows * width * 2
+        ring = self.stages * self.stage_codes * (self.chunk * 2 + 4 * has_norms)
+        barriers = 8 * (3 * CONSUMERS.value + 2 * self.stages)
+        return rows + ring + barriers + 256
 
 
-# Chosen from machine code, not measured: Triton 3.9, `python -m benchmarks.static`.
+# Chosen from machine code, not measured (`python -m benchmarks.static`): by width of the operands
+# and whether norms are subtracted from the product or lie among its columns.
 TILINGS = {
-    16: Tiling(rows=64, groups=16, tiles=8, stages=2, chunk=16, row_state=False),
-    32: Tiling(rows=64, groups=8, tiles=8, stages=2, chunk=32, row_state=False),
-    64: Tiling(rows=64, groups=8, tiles=4, stages=2, chunk=64, row_state=False),
-    128: Tiling(rows=128, groups=4, tiles=1, stages=4, chunk=128, row_state=True),
-    256: Tiling(rows=128, groups=2, tiles=1, stages=3, chunk=128, row_state=True),
+    (16, False): Tiling(rows=64, group=16, tiles=8, stages=2, chunk=16, row_state=False),
+    (32, False): Tiling(rows=64, group=16, tiles=8, stages=2, chunk=32, row_state=False),
+    (64, False): Tiling(rows=64, group=8, tiles=4, stages=2, chunk=64, row_state=False),
+    (16, True): Tiling(rows=64, group=8, tiles=8, stages=2, chunk=16, row_state=False),
+    (32, True): Tiling(rows=64, group=8, tiles=8, stages=2, chunk=32, row_state=False),
+    (64, True): Tiling(rows=64, group=8, tiles=4, stages=2, chunk=64, row_state=False),
+    (128, True): Tiling(rows=128, group=4, tiles=1, stages=4, chunk=128, row_state=True),
+    (256, True): Tiling(rows=128, group=2, tiles=1, stages=3, chunk=128, row_state=True),
 }
 
 
@@ -105,78 +116,85 @@ def is_enabled() -> bool:
 def nearest_slot_hopper(
     rows: Tensor,
     codes: Tensor,
-    bias: Tensor | None,
+    ratio: Tensor | None,
+    norms: Tensor | None,
     num_programs: int,
     tiling: Tiling | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tiling]:
     """Best slot of each row, its score and the runner-up's.
 
     Args:
-        rows: (N, DEPTH) float16, contiguous; DEPTH 16, 32, 64, 128 or 256.
-        codes: (K, DEPTH) float16, contiguous, K a multiple of `tiling.stage_codes` and at most
-            131072 where the tiling keeps tile numbers in the score. A padded code must score
-            lower than every code: by its `bias`, or by a channel where every row holds 1.
-        bias: (K,) float32, finite, or None for 0.
-        num_programs: blocks to launch, one per multiprocessor.
-        tiling: default `TILINGS[DEPTH]`.
+        rows: (N, WIDTH) float16, contiguous; WIDTH 16, 32 or 64, with norms also 128 or 256.
+        codes: (K, WIDTH) float16, contiguous, K a multiple of `tiling.stage_codes`. A padded code
+            must score below every code, by its norm or by a column kept for that.
+        ratio: (N,) float32, what multiplies the norms in each row; None where they are columns.
+        norms: (K,) float32, finite; None where they are columns of the operands.
+        num_programs: most blocks to launch; one per multiprocessor serves.
+        tiling: default `TILINGS[WIDTH, norms is not None]`.
     Returns:
-        slot (N,) int32, best (N,) float32, second (N,) float32, the tiling used. Slot s holds codes
-        `(s // C) · 128 + s % C + C · g` for g = 0 … groups − 1, with C = 128 / groups.
+        winner (N,) int32, best (N,) float32, second (N,) float32, the tiling used. The winning
+        slot is codes winner, winner + C, winner + 2C …, `tiling.group` of them, C = 128 / group.
     Raises:
         ValueError: a shape these kernels do not take.
     """
-    num_rows, depth = rows.shape
-    if depth not in TILINGS:
-        raise ValueError(
-            f"nearest_slot_hopper: rows must be (N, D) with D among {', '.join(map(str, TILINGS))}; "
-            f"got {tuple(rows.shape)}. Pad the channels with zeros, or use the plain kernel."
-        )
-    tiling = tiling or TILINGS[depth]
+    num_rows, width = rows.shape
     num_codes = codes.shape[0]
-    if num_codes == 0 or num_codes % tiling.stage_codes:
+    tiling = tiling or TILINGS.get((width, norms is not None))
+    if tiling is None:
+        taken = ", ".join(str(w) for w, has_norms in TILINGS if has_norms == (norms is not None))
         raise ValueError(
-            f"nearest_slot_hopper: codes must be padded to a multiple of {tiling.stage_codes} rows "
-            f"for D = {depth}; got {tuple(codes.shape)}. Add codes that never win."
+            f"nearest_slot_hopper: rows must be (N, W) with W among {taken}; got "
+            f"{tuple(rows.shape)}. Pad with columns of zeros, or use the plain kernel."
         )
-    most = TILE_IDS.value * TILE_CODES.value
-    if not tiling.row_state and num_codes > most:
-        raise ValueError(
-            f"nearest_slot_hopper: codes must be at most {most} for D = {depth}; got {num_codes}. "
-            "Search the codebook in parts, or use the plain kernel."
-        )
-    needed = tiling.shared_bytes(depth, bias is not None)
+    _check_codes(num_codes, tiling)
+    needed = tiling.shared_bytes(width, norms is not None)
     if needed > SHARED_BYTES_PER_BLOCK:
         raise ValueError(
             f"nearest_slot_hopper: tiling must fit in {SHARED_BYTES_PER_BLOCK} bytes of shared "
             f"memory; got {tiling}, which needs {needed}. Use fewer stages."
         )
-    slot = torch.empty(num_rows, dtype=torch.int32, device=rows.device)
+    winner = torch.empty(num_rows, dtype=torch.int32, device=rows.device)
     best = torch.empty(num_rows, dtype=torch.float32, device=rows.device)
     second = torch.empty_like(best)
     if num_rows == 0:
-        return slot, best, second, tiling
-    tile_pairs = -(-num_rows // (CONSUMERS.value * tiling.rows))
-    _nearest_slot_hopper_kernel[(min(num_programs, tile_pairs),)](
+        return winner, best, second, tiling
+    blocks = -(-num_rows // (CONSUMERS.value * tiling.rows))
+    _nearest_slot_hopper_kernel[(min(num_programs, blocks),)](
         _describe(rows, [tiling.rows, tiling.chunk]),
         _describe(codes, [tiling.stage_codes, tiling.chunk]),
-        None if bias is None else _describe(bias, [tiling.stage_codes]),
-        slot,
+        None if norms is None else _describe(norms, [tiling.stage_codes]),
+        ratio,
+        winner,
         best,
         second,
         num_rows,
         num_codes // tiling.stage_codes,
-        DEPTH=depth,
+        WIDTH=width,
         CHUNK=tiling.chunk,
         BLOCK_N=tiling.rows,
         TILES=tiling.tiles,
         STAGES=tiling.stages,
-        GROUPS=tiling.groups,
+        GROUP=tiling.group,
+        ID_BITS=tiling.id_bits,
         ROW_STATE=tiling.row_state,
-        RESIDENT=depth == tiling.chunk and num_codes <= tiling.stages * tiling.stage_codes,
+        RESIDENT=not tiling.row_state and num_codes <= tiling.stages * tiling.stage_codes,
         CONSUMER_REGISTERS=tiling.consumer_registers,
         num_warps=4,
     )
-    return slot, best, second, tiling
+    return winner, best, second, tiling
+
+
+def _check_codes(num_codes: int, tiling: Tiling) -> None:
+    if num_codes == 0 or num_codes % tiling.stage_codes:
+        raise ValueError(
+            f"nearest_slot_hopper: codes must be padded to a multiple of {tiling.stage_codes} "
+            f"rows; got {num_codes}. Add codes that never win."
+        )
+    if num_codes > tiling.most_codes:
+        raise ValueError(
+            f"nearest_slot_hopper: codes must be at most {tiling.most_codes} rows; got "
+            f"{num_codes}. Search the codebook in parts, or use the plain kernel."
+        )
 
 
 def _describe(tensor: Tensor, block: list[int]) -> TensorDescriptor:
@@ -196,10 +214,10 @@ def _maximum(a, b):
 
 
 @gluon.jit
-def _plus(scores, bias):
-    # Volatile, so that it stays where the accumulator is still at hand.
+def _multiply_add(a, b, c):
+    # Volatile, so that it reads the accumulator where that is at hand, and frees it.
     return gl.inline_asm_elementwise(
-        "add.f32 $0, $1, $2;", "=r,r,r", [scores, bias], dtype=gl.float32, is_pure=False, pack=1
+        "fma.rn.f32 $0, $1, $2, $3;", "=r,r,r,r", [a, b, c], dtype=gl.float32, is_pure=False, pack=1
     )
 
 
@@ -211,26 +229,27 @@ def _halves(scores):
 
 
 @gluon.jit
-def _slot_maximum(scores, GROUPS: gl.constexpr):
-    """Column j of the result is the greatest of columns j, j + C, j + 2C …; C = width / GROUPS."""
-    if GROUPS == 1:
+def _slot_maximum(scores, GROUP: gl.constexpr):
+    """Column j of the result is the greatest of columns j, j + C, j + 2C …; C = width / GROUP."""
+    if GROUP == 1:
         best = scores
     else:
         left, right = _halves(scores)
-        best = _maximum(_slot_maximum(left, GROUPS // 2), _slot_maximum(right, GROUPS // 2))
+        best = _maximum(_slot_maximum(left, GROUP // 2), _slot_maximum(right, GROUP // 2))
     return best
 
 
 @gluon.jit
-def _with_id(score, mask: gl.constexpr, number):
-    """The score with a number in place of its low bits, `mask + 1` of them counted in ids."""
-    bits = (score.to(gl.int32, bitcast=True) & ~mask) | number
+def _with_id(score, number, ID_BITS: gl.constexpr):
+    """The score with a number below 2^ID_BITS in place of its low bits."""
+    keep: gl.constexpr = -(1 << ID_BITS)
+    bits = (score.to(gl.int32, bitcast=True) & keep) | number
     return bits.to(gl.float32, bitcast=True)
 
 
 @gluon.jit
-def _fold_tile(best, second, scores, tile, GROUPS: gl.constexpr):
-    packed = _with_id(_slot_maximum(scores, GROUPS), TILE_IDS - 1, tile)
+def _fold_tile(best, second, scores, tile, GROUP: gl.constexpr, ID_BITS: gl.constexpr):
+    packed = _with_id(_slot_maximum(scores, GROUP), tile, ID_BITS)
     second = gl.maximum(second, gl.minimum(best, packed))
     return gl.maximum(best, packed), second
 
@@ -242,11 +261,13 @@ def _merge_best_two(best_a, second_a, best_b, second_b):
 
 
 @gluon.jit
-def _fold_row(best, second, best_tile, scores, tile, GROUPS: gl.constexpr):
-    slots = _slot_maximum(scores, GROUPS)
+def _fold_row(
+    best, second, best_tile, scores, tile, GROUP: gl.constexpr, ID_BITS: gl.constexpr
+):
+    slots = _slot_maximum(scores, GROUP)
     width: gl.constexpr = slots.shape[1]
     columns = gl.arange(0, width, gl.SliceLayout(0, slots.type.layout))
-    packed = _with_id(slots, width - 1, gl.expand_dims(columns, 0))
+    packed = _with_id(slots, gl.expand_dims(columns, 0), ID_BITS)
     left, right = _halves(packed)
     pairs = (gl.maximum(left, right), gl.minimum(left, right))
     tile_best, tile_second = gl.reduce(pairs, 1, _merge_best_two)
@@ -271,35 +292,45 @@ def _issue(rows, codes_ring, stage, tile: gl.constexpr, accumulator):
 
 
 @gluon.jit
-def _with_bias(scores, bias_ring, stage, tile: gl.constexpr, HAS_BIAS: gl.constexpr):
-    if HAS_BIAS:
-        bias = bias_ring.index(stage).slice(tile * TILE_CODES, TILE_CODES)
-        bias = bias.load(gl.SliceLayout(0, scores.type.layout))
-        scores = _plus(scores, gl.expand_dims(bias, 0))
+def _less_norms(scores, minus_ratio, norms_ring, stage, tile: gl.constexpr, HAS_NORMS: gl.constexpr):
+    if HAS_NORMS:
+        norms = norms_ring.index(stage).slice(tile * TILE_CODES, TILE_CODES)
+        norms = norms.load(gl.SliceLayout(0, scores.type.layout))
+        scores = _multiply_add(gl.expand_dims(minus_ratio, 1), gl.expand_dims(norms, 0), scores)
     return scores
+
+
+@gluon.jit
+def _load_minus_ratio(ratio_ptr, i_row, num_rows, HAS_NORMS: gl.constexpr):
+    if HAS_NORMS:
+        minus_ratio = -gl.load(ratio_ptr + i_row, mask=i_row < num_rows, other=0.0)
+    else:
+        minus_ratio = 0
+    return minus_ratio
 
 
 @gluon.jit
 def _narrow_consumer(
     buffers,
-    outputs,
+    pointers,
     num_rows,
     num_stages,
     consumer: gl.constexpr,
     BLOCK_N: gl.constexpr,
     TILES: gl.constexpr,
     STAGES: gl.constexpr,
-    GROUPS: gl.constexpr,
-    HAS_BIAS: gl.constexpr,
+    GROUP: gl.constexpr,
+    ID_BITS: gl.constexpr,
+    HAS_NORMS: gl.constexpr,
     RESIDENT: gl.constexpr,
 ):
     """Two accumulators take turns: one is folded while the other's product is in flight."""
-    rows_tile, rows_full, rows_empty, codes_ring, bias_ring, full, empty, _ = buffers
-    slot_ptr, best_ptr, second_ptr = outputs
+    rows_tile, rows_full, rows_empty, codes_ring, norms_ring, full, empty, _ = buffers
+    ratio_ptr, winner_ptr, best_ptr, second_ptr = pointers
     scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_CODES, 16])
     zeros = gl.zeros([BLOCK_N, TILE_CODES], gl.float32, scores_layout)
-    slots: gl.constexpr = TILE_CODES // GROUPS
-    slot_layout: gl.constexpr = _slot_maximum(zeros, GROUPS).type.layout
+    slots: gl.constexpr = TILE_CODES // GROUP
+    slot_layout: gl.constexpr = _slot_maximum(zeros, GROUP).type.layout
     stage = 0
     phase = 0
     rows_phase = 0
@@ -309,6 +340,9 @@ def _narrow_consumer(
         rows_phase ^= 1
         rows = rows_tile.index(consumer).load(gl.DotOperandLayout(0, scores_layout, 2))
         mbarrier.arrive(rows_empty.index(consumer), count=1)
+        first_row = (block * CONSUMERS + consumer) * BLOCK_N
+        i_row = first_row + gl.arange(0, BLOCK_N, gl.SliceLayout(1, scores_layout))
+        minus_ratio = _load_minus_ratio(ratio_ptr, i_row, num_rows, HAS_NORMS)
         best = gl.full([BLOCK_N, slots], LOWEST, gl.float32, slot_layout)
         second = best
         for turn in range(num_stages):
@@ -322,18 +356,18 @@ def _narrow_consumer(
                 odd = _issue(rows, codes_ring, stage, tile + 1, odd)
                 even = warpgroup_mma_wait(1, deps=[even])
                 number = turn * TILES + tile
-                scores = _with_bias(even, bias_ring, stage, tile, HAS_BIAS)
-                best, second = _fold_tile(best, second, scores, number, GROUPS)
+                scores = _less_norms(even, minus_ratio, norms_ring, stage, tile, HAS_NORMS)
+                best, second = _fold_tile(best, second, scores, number, GROUP, ID_BITS)
                 if tile + 2 < TILES:
                     even = _issue(rows, codes_ring, stage, tile + 2, even)
                     odd = warpgroup_mma_wait(1, deps=[odd])
                 else:
                     odd = warpgroup_mma_wait(0, deps=[odd])
-                    if not HAS_BIAS:
+                    if not HAS_NORMS:
                         mbarrier.arrive(empty.index(stage), count=1)
-                scores = _with_bias(odd, bias_ring, stage, tile + 1, HAS_BIAS)
-                best, second = _fold_tile(best, second, scores, number + 1, GROUPS)
-            if HAS_BIAS:
+                scores = _less_norms(odd, minus_ratio, norms_ring, stage, tile + 1, HAS_NORMS)
+                best, second = _fold_tile(best, second, scores, number + 1, GROUP, ID_BITS)
+            if HAS_NORMS:
                 mbarrier.arrive(empty.index(stage), count=1)
             if not RESIDENT:
                 stage, phase = _advance(stage, phase, STAGES)
@@ -342,10 +376,9 @@ def _narrow_consumer(
         is_best = best == gl.expand_dims(row_best, 1)
         column = gl.min(gl.where(is_best, columns, slots), 1)
         others = gl.where(columns == gl.expand_dims(column, 1), second, best)
-        tile = row_best.to(gl.int32, bitcast=True) & (TILE_IDS - 1)
-        i_row = gl.arange(0, BLOCK_N, gl.SliceLayout(1, slot_layout))
-        i_row += (block * CONSUMERS + consumer) * BLOCK_N
-        gl.store(slot_ptr + i_row, tile * slots + column, mask=i_row < num_rows)
+        tile = row_best.to(gl.int32, bitcast=True) & ((1 << ID_BITS) - 1)
+        i_row = first_row + gl.arange(0, BLOCK_N, gl.SliceLayout(1, slot_layout))
+        gl.store(winner_ptr + i_row, tile * TILE_CODES + column, mask=i_row < num_rows)
         gl.store(best_ptr + i_row, row_best, mask=i_row < num_rows)
         gl.store(second_ptr + i_row, gl.max(others, 1), mask=i_row < num_rows)
 
@@ -353,22 +386,22 @@ def _narrow_consumer(
 @gluon.jit
 def _wide_consumer(
     buffers,
-    outputs,
+    pointers,
     num_rows,
     num_stages,
     consumer: gl.constexpr,
     CHUNKS: gl.constexpr,
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
-    GROUPS: gl.constexpr,
-    HAS_BIAS: gl.constexpr,
+    GROUP: gl.constexpr,
+    ID_BITS: gl.constexpr,
+    HAS_NORMS: gl.constexpr,
 ):
     """One accumulator; the other warpgroup's products run while this one folds (ping-pong)."""
-    rows_tile, rows_full, rows_empty, codes_ring, bias_ring, full, empty, turns = buffers
-    slot_ptr, best_ptr, second_ptr = outputs
+    rows_tile, rows_full, rows_empty, codes_ring, norms_ring, full, empty, turns = buffers
+    ratio_ptr, winner_ptr, best_ptr, second_ptr = pointers
     scores_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TILE_CODES, 16])
     zeros = gl.zeros([BLOCK_N, TILE_CODES], gl.float32, scores_layout)
-    slots: gl.constexpr = TILE_CODES // GROUPS
     row_layout: gl.constexpr = gl.SliceLayout(1, scores_layout)
     stage = 0
     phase = 0
@@ -378,6 +411,8 @@ def _wide_consumer(
     for block in range(gl.program_id(0), num_blocks, gl.num_programs(0)):
         mbarrier.wait(rows_full.index(consumer), rows_phase)
         rows_phase ^= 1
+        i_row = (block * CONSUMERS + consumer) * BLOCK_N + gl.arange(0, BLOCK_N, row_layout)
+        minus_ratio = _load_minus_ratio(ratio_ptr, i_row, num_rows, HAS_NORMS)
         best = gl.full([BLOCK_N], LOWEST, gl.float32, row_layout)
         second = best
         best_tile = gl.zeros([BLOCK_N], gl.int32, row_layout)
@@ -399,41 +434,42 @@ def _wide_consumer(
                 next_stage, next_phase = _advance(next_stage, next_phase, STAGES)
             scores = warpgroup_mma_wait(0, deps=[scores])
             mbarrier.arrive(turns.index(1 - consumer), count=1)
-            if HAS_BIAS:
-                bias = bias_ring.index(stage).load(gl.SliceLayout(0, scores_layout))
+            if HAS_NORMS:
+                norms = norms_ring.index(stage).load(gl.SliceLayout(0, scores_layout))
             for _ in gl.static_range(CHUNKS):
                 mbarrier.arrive(empty.index(stage), count=1)
                 stage, phase = _advance(stage, phase, STAGES)
-            if HAS_BIAS:
-                scores = _plus(scores, gl.expand_dims(bias, 0))
-            best, second, best_tile = _fold_row(best, second, best_tile, scores, tile, GROUPS)
+            if HAS_NORMS:
+                scores = _multiply_add(
+                    gl.expand_dims(minus_ratio, 1), gl.expand_dims(norms, 0), scores
+                )
+            best, second, best_tile = _fold_row(best, second, best_tile, scores, tile, GROUP, ID_BITS)
         mbarrier.arrive(rows_empty.index(consumer), count=1)
-        i_row = (block * CONSUMERS + consumer) * BLOCK_N + gl.arange(0, BLOCK_N, row_layout)
-        slot = best_tile * slots + (best.to(gl.int32, bitcast=True) & (slots - 1))
-        gl.store(slot_ptr + i_row, slot, mask=i_row < num_rows)
+        column = best.to(gl.int32, bitcast=True) & ((1 << ID_BITS) - 1)
+        gl.store(winner_ptr + i_row, best_tile * TILE_CODES + column, mask=i_row < num_rows)
         gl.store(best_ptr + i_row, best, mask=i_row < num_rows)
         gl.store(second_ptr + i_row, second, mask=i_row < num_rows)
 
 
 @gluon.jit
 def _load_stage(
-    codes_desc, bias_desc, buffers, turn, chunk: gl.constexpr, stage,
-    CHUNK: gl.constexpr, STAGE_CODES: gl.constexpr, HAS_BIAS: gl.constexpr,
+    codes_desc, norms_desc, buffers, turn, chunk: gl.constexpr, stage,
+    CHUNK: gl.constexpr, STAGE_CODES: gl.constexpr, HAS_NORMS: gl.constexpr,
 ):  # fmt: skip
-    _, _, _, codes_ring, bias_ring, full, _, _ = buffers
-    needs_bias: gl.constexpr = HAS_BIAS and chunk == 0
-    mbarrier.expect(full.index(stage), STAGE_CODES * (CHUNK * 2 + 4 * needs_bias))
+    _, _, _, codes_ring, norms_ring, full, _, _ = buffers
+    needs_norms: gl.constexpr = HAS_NORMS and chunk == 0
+    mbarrier.expect(full.index(stage), STAGE_CODES * (CHUNK * 2 + 4 * needs_norms))
     position = turn * STAGE_CODES
     _load_tile(codes_desc, [position, chunk * CHUNK], full.index(stage), codes_ring.index(stage))
-    if needs_bias:
-        _load_tile(bias_desc, [position], full.index(stage), bias_ring.index(stage))
+    if needs_norms:
+        _load_tile(norms_desc, [position], full.index(stage), norms_ring.index(stage))
 
 
 @gluon.jit
 def _producer(
     rows_desc,
     codes_desc,
-    bias_desc,
+    norms_desc,
     buffers,
     num_rows,
     num_stages,
@@ -442,15 +478,15 @@ def _producer(
     BLOCK_N: gl.constexpr,
     STAGE_CODES: gl.constexpr,
     STAGES: gl.constexpr,
-    HAS_BIAS: gl.constexpr,
+    HAS_NORMS: gl.constexpr,
     RESIDENT: gl.constexpr,
 ):
     """Copies row tiles, and the codebook once (resident) or for every pair of row tiles."""
-    rows_tile, rows_full, rows_empty, codes_ring, bias_ring, full, empty, _ = buffers
+    rows_tile, rows_full, rows_empty, codes_ring, norms_ring, full, empty, _ = buffers
     if RESIDENT:
         for turn in range(num_stages):
             _load_stage(
-                codes_desc, bias_desc, buffers, turn, 0, turn, CHUNK, STAGE_CODES, HAS_BIAS
+                codes_desc, norms_desc, buffers, turn, 0, turn, CHUNK, STAGE_CODES, HAS_NORMS
             )
     stage = 0
     phase = 1  # a fresh barrier counts as passed in phase 1: every buffer starts empty
@@ -472,8 +508,8 @@ def _producer(
                 for chunk in gl.static_range(CHUNKS):
                     mbarrier.wait(empty.index(stage), phase)
                     _load_stage(
-                        codes_desc, bias_desc, buffers, turn, chunk, stage,
-                        CHUNK, STAGE_CODES, HAS_BIAS,
+                        codes_desc, norms_desc, buffers, turn, chunk, stage,
+                        CHUNK, STAGE_CODES, HAS_NORMS,
                     )  # fmt: skip
                     stage, phase = _advance(stage, phase, STAGES)
 
@@ -490,43 +526,45 @@ def _barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
 def _nearest_slot_hopper_kernel(
     rows_desc,
     codes_desc,
-    bias_desc,
-    slot_ptr,
+    norms_desc,
+    ratio_ptr,
+    winner_ptr,
     best_ptr,
     second_ptr,
     num_rows,
     num_stages,
-    DEPTH: gl.constexpr,
+    WIDTH: gl.constexpr,
     CHUNK: gl.constexpr,
     BLOCK_N: gl.constexpr,
     TILES: gl.constexpr,
     STAGES: gl.constexpr,
-    GROUPS: gl.constexpr,
+    GROUP: gl.constexpr,
+    ID_BITS: gl.constexpr,
     ROW_STATE: gl.constexpr,
     RESIDENT: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr,
 ):
-    CHUNKS: gl.constexpr = DEPTH // CHUNK
+    CHUNKS: gl.constexpr = WIDTH // CHUNK
     STAGE_CODES: gl.constexpr = TILES * TILE_CODES
-    HAS_BIAS: gl.constexpr = bias_desc is not None
+    HAS_NORMS: gl.constexpr = norms_desc is not None
     rows_tile = gl.allocate_shared_memory(
         gl.float16, [CONSUMERS * CHUNKS, BLOCK_N, CHUNK], rows_desc.layout
     )
     codes_ring = gl.allocate_shared_memory(
         gl.float16, [STAGES, STAGE_CODES, CHUNK], codes_desc.layout
     )
-    if HAS_BIAS:
-        bias_ring = gl.allocate_shared_memory(gl.float32, [STAGES, STAGE_CODES], bias_desc.layout)
+    if HAS_NORMS:
+        norms_ring = gl.allocate_shared_memory(gl.float32, [STAGES, STAGE_CODES], norms_desc.layout)
     else:
-        bias_ring: gl.constexpr = None
+        norms_ring: gl.constexpr = None
     rows_full = _barriers(CONSUMERS, 1)
     rows_empty = _barriers(CONSUMERS, 1)
     full = _barriers(STAGES, 1)
     empty = _barriers(STAGES, CONSUMERS)
     turns = _barriers(CONSUMERS, 1)
     fence_async_shared()
-    buffers = (rows_tile, rows_full, rows_empty, codes_ring, bias_ring, full, empty, turns)
-    outputs = (slot_ptr, best_ptr, second_ptr)
+    buffers = (rows_tile, rows_full, rows_empty, codes_ring, norms_ring, full, empty, turns)
+    pointers = (ratio_ptr, winner_ptr, best_ptr, second_ptr)
     # The compile-time arguments are written out three times: in a named tuple they would become
     # run-time values.
     # fmt: off
@@ -534,12 +572,12 @@ def _nearest_slot_hopper_kernel(
         mbarrier.arrive(turns.index(0), count=1)  # the first turn is consumer 0's
         gl.warp_specialize(
             [
-                (_wide_consumer, (buffers, outputs, num_rows, num_stages, 0,
-                                  CHUNKS, BLOCK_N, STAGES, GROUPS, HAS_BIAS)),
-                (_wide_consumer, (buffers, outputs, num_rows, num_stages, 1,
-                                  CHUNKS, BLOCK_N, STAGES, GROUPS, HAS_BIAS)),
-                (_producer, (rows_desc, codes_desc, bias_desc, buffers, num_rows, num_stages,
-                             CHUNKS, CHUNK, BLOCK_N, STAGE_CODES, STAGES, HAS_BIAS, RESIDENT)),
+                (_wide_consumer, (buffers, pointers, num_rows, num_stages, 0,
+                                  CHUNKS, BLOCK_N, STAGES, GROUP, ID_BITS, HAS_NORMS)),
+                (_wide_consumer, (buffers, pointers, num_rows, num_stages, 1,
+                                  CHUNKS, BLOCK_N, STAGES, GROUP, ID_BITS, HAS_NORMS)),
+                (_producer, (rows_desc, codes_desc, norms_desc, buffers, num_rows, num_stages,
+                             CHUNKS, CHUNK, BLOCK_N, STAGE_CODES, STAGES, HAS_NORMS, RESIDENT)),
             ],
             [4, 1],
             [CONSUMER_REGISTERS, 24],
@@ -547,12 +585,12 @@ def _nearest_slot_hopper_kernel(
     else:
         gl.warp_specialize(
             [
-                (_narrow_consumer, (buffers, outputs, num_rows, num_stages, 0,
-                                    BLOCK_N, TILES, STAGES, GROUPS, HAS_BIAS, RESIDENT)),
-                (_narrow_consumer, (buffers, outputs, num_rows, num_stages, 1,
-                                    BLOCK_N, TILES, STAGES, GROUPS, HAS_BIAS, RESIDENT)),
-                (_producer, (rows_desc, codes_desc, bias_desc, buffers, num_rows, num_stages,
-                             CHUNKS, CHUNK, BLOCK_N, STAGE_CODES, STAGES, HAS_BIAS, RESIDENT)),
+                (_narrow_consumer, (buffers, pointers, num_rows, num_stages, 0,
+                                    BLOCK_N, TILES, STAGES, GROUP, ID_BITS, HAS_NORMS, RESIDENT)),
+                (_narrow_consumer, (buffers, pointers, num_rows, num_stages, 1,
+                                    BLOCK_N, TILES, STAGES, GROUP, ID_BITS, HAS_NORMS, RESIDENT)),
+                (_producer, (rows_desc, codes_desc, norms_desc, buffers, num_rows, num_stages,
+                             CHUNKS, CHUNK, BLOCK_N, STAGE_CODES, STAGES, HAS_NORMS, RESIDENT)),
             ],
             [4, 1],
             [CONSUMER_REGISTERS, 24],
