@@ -36,6 +36,7 @@ import os
 
 import torch
 from torch import Tensor
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -54,8 +55,8 @@ CONSUMERS = gl.constexpr(2)
 TILE_CODES = gl.constexpr(128)
 # Below every score and finite; also with an id in its low bits.
 LOWEST = gl.constexpr(-3.0e38)
-# How many low bits of a score the narrow kernel gives to the number of its tile.
-TILE_ID_BITS = 10
+# More id bits than this cost the certificate more than keeping ids apart costs the fold.
+MOST_ID_BITS = 9
 
 SHARED_BYTES_PER_BLOCK = 227 * 1024
 
@@ -77,14 +78,16 @@ class Tiling:
     def stage_codes(self) -> int:
         return self.tiles * TILE_CODES.value
 
-    @property
-    def id_bits(self) -> int:
-        """Low bits of a score that hold a number: of its slot with row state, else of its tile."""
-        return (TILE_CODES.value // self.group - 1).bit_length() if self.row_state else TILE_ID_BITS
+    def id_bits(self, num_codes: int, has_norms: bool) -> int:
+        """Low bits of a score that hold a number: of its slot with row state, else of its tile.
 
-    @property
-    def most_codes(self) -> int:
-        return 2**31 - 1 if self.row_state else TILE_CODES.value << TILE_ID_BITS
+        0 where tile numbers are kept apart: there are too many, or three product terms (their
+        norms are columns) made scores more exact than what the bits would cost.
+        """
+        if self.row_state:
+            return (TILE_CODES.value // self.group - 1).bit_length()
+        bits = max(1, (num_codes // TILE_CODES.value - 1).bit_length())
+        return bits if has_norms and bits <= MOST_ID_BITS else 0
 
     def shared_bytes(self, width: int, has_norms: bool) -> int:
         """Rows, the ring of codes and norms, the barriers, and 256 bytes of the compiler's own."""
@@ -99,7 +102,7 @@ class Tiling:
 TILINGS = {
     (16, False): Tiling(rows=64, group=16, tiles=8, stages=2, chunk=16, row_state=False),
     (32, False): Tiling(rows=64, group=16, tiles=8, stages=2, chunk=32, row_state=False),
-    (64, False): Tiling(rows=64, group=8, tiles=4, stages=2, chunk=64, row_state=False),
+    (64, False): Tiling(rows=64, group=16, tiles=4, stages=2, chunk=64, row_state=False),
     (16, True): Tiling(rows=64, group=8, tiles=8, stages=2, chunk=16, row_state=False),
     (32, True): Tiling(rows=64, group=8, tiles=8, stages=2, chunk=32, row_state=False),
     (64, True): Tiling(rows=64, group=8, tiles=4, stages=2, chunk=64, row_state=False),
@@ -146,7 +149,11 @@ def nearest_slot_hopper(
             f"nearest_slot_hopper: rows must be (N, W) with W among {taken}; got "
             f"{tuple(rows.shape)}. Pad with columns of zeros, or use the plain kernel."
         )
-    _check_codes(num_codes, tiling)
+    if num_codes == 0 or num_codes % tiling.stage_codes:
+        raise ValueError(
+            f"nearest_slot_hopper: codes must be padded to a multiple of {tiling.stage_codes} "
+            f"rows; got {num_codes}. Add codes that never win."
+        )
     needed = tiling.shared_bytes(width, norms is not None)
     if needed > SHARED_BYTES_PER_BLOCK:
         raise ValueError(
@@ -175,26 +182,14 @@ def nearest_slot_hopper(
         TILES=tiling.tiles,
         STAGES=tiling.stages,
         GROUP=tiling.group,
-        ID_BITS=tiling.id_bits,
+        ID_BITS=tiling.id_bits(num_codes, norms is not None),
         ROW_STATE=tiling.row_state,
         RESIDENT=not tiling.row_state and num_codes <= tiling.stages * tiling.stage_codes,
         CONSUMER_REGISTERS=tiling.consumer_registers,
         num_warps=4,
+        enable_fp_fusion=False,
     )
     return winner, best, second, tiling
-
-
-def _check_codes(num_codes: int, tiling: Tiling) -> None:
-    if num_codes == 0 or num_codes % tiling.stage_codes:
-        raise ValueError(
-            f"nearest_slot_hopper: codes must be padded to a multiple of {tiling.stage_codes} "
-            f"rows; got {num_codes}. Add codes that never win."
-        )
-    if num_codes > tiling.most_codes:
-        raise ValueError(
-            f"nearest_slot_hopper: codes must be at most {tiling.most_codes} rows; got "
-            f"{num_codes}. Search the codebook in parts, or use the plain kernel."
-        )
 
 
 def _describe(tensor: Tensor, block: list[int]) -> TensorDescriptor:
@@ -248,10 +243,14 @@ def _with_id(score, number, ID_BITS: gl.constexpr):
 
 
 @gluon.jit
-def _fold_tile(best, second, scores, tile, GROUP: gl.constexpr, ID_BITS: gl.constexpr):
-    packed = _with_id(_slot_maximum(scores, GROUP), tile, ID_BITS)
-    second = gl.maximum(second, gl.minimum(best, packed))
-    return gl.maximum(best, packed), second
+def _fold_tile(best, second, ids, scores, tile, GROUP: gl.constexpr, ID_BITS: gl.constexpr):
+    top = _slot_maximum(scores, GROUP)
+    if ID_BITS > 0:
+        top = _with_id(top, tile, ID_BITS)
+    else:
+        ids = gl.where(top > best, tile, ids)
+    second = gl.maximum(second, gl.minimum(best, top))
+    return gl.maximum(best, top), second, ids
 
 
 @gluon.jit
@@ -261,9 +260,7 @@ def _merge_best_two(best_a, second_a, best_b, second_b):
 
 
 @gluon.jit
-def _fold_row(
-    best, second, best_tile, scores, tile, GROUP: gl.constexpr, ID_BITS: gl.constexpr
-):
+def _fold_row(best, second, best_tile, scores, tile, GROUP: gl.constexpr, ID_BITS: gl.constexpr):
     slots = _slot_maximum(scores, GROUP)
     width: gl.constexpr = slots.shape[1]
     columns = gl.arange(0, width, gl.SliceLayout(0, slots.type.layout))
@@ -292,7 +289,9 @@ def _issue(rows, codes_ring, stage, tile: gl.constexpr, accumulator):
 
 
 @gluon.jit
-def _less_norms(scores, minus_ratio, norms_ring, stage, tile: gl.constexpr, HAS_NORMS: gl.constexpr):
+def _less_norms(
+    scores, minus_ratio, norms_ring, stage, tile: gl.constexpr, HAS_NORMS: gl.constexpr
+):
     if HAS_NORMS:
         norms = norms_ring.index(stage).slice(tile * TILE_CODES, TILE_CODES)
         norms = norms.load(gl.SliceLayout(0, scores.type.layout))
@@ -345,6 +344,7 @@ def _narrow_consumer(
         minus_ratio = _load_minus_ratio(ratio_ptr, i_row, num_rows, HAS_NORMS)
         best = gl.full([BLOCK_N, slots], LOWEST, gl.float32, slot_layout)
         second = best
+        ids = gl.zeros([BLOCK_N, slots], gl.int32, slot_layout)
         for turn in range(num_stages):
             if RESIDENT:
                 stage = turn
@@ -357,7 +357,7 @@ def _narrow_consumer(
                 even = warpgroup_mma_wait(1, deps=[even])
                 number = turn * TILES + tile
                 scores = _less_norms(even, minus_ratio, norms_ring, stage, tile, HAS_NORMS)
-                best, second = _fold_tile(best, second, scores, number, GROUP, ID_BITS)
+                best, second, ids = _fold_tile(best, second, ids, scores, number, GROUP, ID_BITS)
                 if tile + 2 < TILES:
                     even = _issue(rows, codes_ring, stage, tile + 2, even)
                     odd = warpgroup_mma_wait(1, deps=[odd])
@@ -366,7 +366,9 @@ def _narrow_consumer(
                     if not HAS_NORMS:
                         mbarrier.arrive(empty.index(stage), count=1)
                 scores = _less_norms(odd, minus_ratio, norms_ring, stage, tile + 1, HAS_NORMS)
-                best, second = _fold_tile(best, second, scores, number + 1, GROUP, ID_BITS)
+                best, second, ids = _fold_tile(
+                    best, second, ids, scores, number + 1, GROUP, ID_BITS
+                )
             if HAS_NORMS:
                 mbarrier.arrive(empty.index(stage), count=1)
             if not RESIDENT:
@@ -375,8 +377,12 @@ def _narrow_consumer(
         row_best = gl.max(best, 1)
         is_best = best == gl.expand_dims(row_best, 1)
         column = gl.min(gl.where(is_best, columns, slots), 1)
-        others = gl.where(columns == gl.expand_dims(column, 1), second, best)
-        tile = row_best.to(gl.int32, bitcast=True) & ((1 << ID_BITS) - 1)
+        is_winner = columns == gl.expand_dims(column, 1)
+        others = gl.where(is_winner, second, best)
+        if ID_BITS > 0:
+            tile = row_best.to(gl.int32, bitcast=True) & ((1 << ID_BITS) - 1)
+        else:
+            tile = gl.max(gl.where(is_winner, ids, 0), 1)
         i_row = first_row + gl.arange(0, BLOCK_N, gl.SliceLayout(1, slot_layout))
         gl.store(winner_ptr + i_row, tile * TILE_CODES + column, mask=i_row < num_rows)
         gl.store(best_ptr + i_row, row_best, mask=i_row < num_rows)
@@ -443,7 +449,9 @@ def _wide_consumer(
                 scores = _multiply_add(
                     gl.expand_dims(minus_ratio, 1), gl.expand_dims(norms, 0), scores
                 )
-            best, second, best_tile = _fold_row(best, second, best_tile, scores, tile, GROUP, ID_BITS)
+            best, second, best_tile = _fold_row(
+                best, second, best_tile, scores, tile, GROUP, ID_BITS
+            )
         mbarrier.arrive(rows_empty.index(consumer), count=1)
         column = best.to(gl.int32, bitcast=True) & ((1 << ID_BITS) - 1)
         gl.store(winner_ptr + i_row, best_tile * TILE_CODES + column, mask=i_row < num_rows)
@@ -482,7 +490,7 @@ def _producer(
     RESIDENT: gl.constexpr,
 ):
     """Copies row tiles, and the codebook once (resident) or for every pair of row tiles."""
-    rows_tile, rows_full, rows_empty, codes_ring, norms_ring, full, empty, _ = buffers
+    rows_tile, rows_full, rows_empty, _, _, _, empty, _ = buffers
     if RESIDENT:
         for turn in range(num_stages):
             _load_stage(
@@ -499,9 +507,7 @@ def _producer(
             position = (block * CONSUMERS + consumer) * BLOCK_N
             for chunk in gl.static_range(CHUNKS):
                 target = rows_tile.index(consumer * CHUNKS + chunk)
-                _load_tile(
-                    rows_desc, [position, chunk * CHUNK], rows_full.index(consumer), target
-                )
+                _load_tile(rows_desc, [position, chunk * CHUNK], rows_full.index(consumer), target)
         rows_phase ^= 1
         if not RESIDENT:
             for turn in range(num_stages):
