@@ -78,7 +78,7 @@ def load_rows(
 @triton.jit
 def row_exponent(largest, codes_exponent):
     """Exponent of the scale of a row whose largest channel has this size."""
-    return tl.minimum(ROW_TOP - exponent(largest), codes_exponent + RATIO_TOP)
+    return tl.minimum((-exponent(largest)) + ROW_TOP, codes_exponent + RATIO_TOP)
 
 
 @triton.jit
