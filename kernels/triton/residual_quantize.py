@@ -71,11 +71,11 @@ def _sum_of_codes_kernel(
     for level in range(0, levels):
         at = indices_ptr + row * stride_in + level * stride_iq
         index = tl.load(at, mask=row < num_rows, other=-1)[:, None]
-        book = codebooks_ptr + level.to(tl.int64) * stride_cq
         code = tl.load(
-            book + index * stride_ck + d * stride_cd, mask=inside & (index >= 0), other=0.0
+            codebooks_ptr + index * stride_ck + d * stride_cd, mask=inside & (index >= 0), other=0.0
         )
         total += tl.where(index >= 0, code.to(tl.float32), float("nan"))
+        codebooks_ptr += stride_cq
     value = total.to(quantized_ptr.dtype.element_ty)
     tl.store(quantized_ptr + row[:, None] * width + d, value, mask=inside)
 

@@ -19,15 +19,12 @@ MAX_BLOCK_D = 256
 
 
 @triton.jit
-def _row(pid, num_rows, rows_per_head, HEADS: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The flat row, its head and its row in the head, and whether they exist; int64."""
-    flat = pid.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    head = tl.zeros_like(flat)
-    row = flat
-    if HEADS:
-        head = flat // rows_per_head
-        row = flat - head * rows_per_head
-    return flat, head, row, flat < num_rows
+def _rows(rows_per_head, BLOCK_N: tl.constexpr):
+    """Of the rows of this program: flat number, head, number in the head, and which exist."""
+    # int64: the offsets made of them pass 2³¹ for long batches.
+    head = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    return head * rows_per_head + row, head, row, row < rows_per_head
 
 
 @triton.jit
@@ -39,7 +36,6 @@ def _vector_quantize_fwd_kernel(
     quantized_ptr,
     indices_ptr,
     distance_ptr,
-    num_rows,
     rows_per_head,
     width,
     stride_xh,
@@ -50,14 +46,13 @@ def _vector_quantize_fwd_kernel(
     stride_cd,
     stride_mh,
     stride_mn,
-    HEADS: tl.constexpr,
     HAS_MASK: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     # A program owns BLOCK_N rows. On chip stays the sum of squares of each; the differences are
     # never written. A masked row gets −1 and zeros, a row without a nearest code −1 and NaN.
-    flat, head, row, inside = _row(tl.program_id(0), num_rows, rows_per_head, HEADS, BLOCK_N)
+    flat, head, row, inside = _rows(rows_per_head, BLOCK_N)
     index = tl.load(found_ptr + flat, mask=inside, other=-1)
     counted = inside
     if HAS_MASK:
@@ -153,7 +148,6 @@ def _vector_quantize_bwd_kernel(
     codebook_ptr,
     indices_ptr,
     grad_x_ptr,
-    num_rows,
     rows_per_head,
     width,
     stride_gh,
@@ -167,7 +161,6 @@ def _vector_quantize_bwd_kernel(
     stride_ch,
     stride_ck,
     stride_cd,
-    HEADS: tl.constexpr,
     HAS_QUANTIZED: tl.constexpr,
     HAS_COMMITMENT: tl.constexpr,
     ROTATION: tl.constexpr,
@@ -177,7 +170,7 @@ def _vector_quantize_bwd_kernel(
     # A program owns BLOCK_N rows. On chip stay, for the rotation, five sums per row; directions
     # and the rotated gradient are never written. The rotation walks the row three times (lengths,
     # products with the mirror normal, result): the second and third find it in the L1 cache.
-    flat, head, row, inside = _row(tl.program_id(0), num_rows, rows_per_head, HEADS, BLOCK_N)
+    flat, head, row, inside = _rows(rows_per_head, BLOCK_N)
     index = tl.load(indices_ptr + flat, mask=inside, other=-1)
     found = index >= 0
     x_row = (x_ptr + head * stride_xh + row * stride_xn)[:, None]
@@ -253,7 +246,7 @@ def vector_quantize_forward(
         grid, tiles = _tiles(x)
         _vector_quantize_fwd_kernel[grid](
             *(x, codebook, mask, indices, quantized, final, distance),
-            *_shape(x),
+            *x.shape[-2:],
             *_strides(x, 3),
             *_strides(codebook, 3),
             *((0, 0) if mask is None else _strides(mask, 2)),
@@ -290,7 +283,7 @@ def vector_quantize_backward_x(
         grid, tiles = _tiles(x)
         _vector_quantize_bwd_kernel[grid](
             *(grad_quantized, grad_commitment, x, codebook, indices, grad_x),
-            *_shape(x),
+            *x.shape[-2:],
             *((0, 0, 0) if grad_quantized is None else _strides(grad_quantized, 3)),
             *((0, 0) if grad_commitment is None else _strides(grad_commitment, 2)),
             *_strides(x, 3),
@@ -303,18 +296,12 @@ def vector_quantize_backward_x(
     return grad_x
 
 
-def _tiles(x: Tensor) -> tuple[tuple[int], dict[str, int]]:
+def _tiles(x: Tensor) -> tuple[tuple[int, int], dict[str, int]]:
     """The grid, and the tile of one program: whole rows, in pieces where they are long."""
     block_d = min(MAX_BLOCK_D, triton.next_power_of_2(x.shape[-1]))
     block_n = TILE_ELEMENTS // block_d
-    heads = x.dim() == 3 and x.shape[0] > 1
-    tiles = {"HEADS": heads, "BLOCK_N": block_n, "BLOCK_D": block_d}
-    return (triton.cdiv(x.shape[:-1].numel(), block_n),), tiles
-
-
-def _shape(x: Tensor) -> tuple[int, int, int]:
-    """Rows of all heads, rows of one head, channels."""
-    return x.shape[:-1].numel(), x.shape[-2], x.shape[-1]
+    heads = x.shape[0] if x.dim() == 3 else 1
+    return (triton.cdiv(x.shape[-2], block_n), heads), {"BLOCK_N": block_n, "BLOCK_D": block_d}
 
 
 def _strides(tensor: Tensor, dims: int) -> tuple[int, ...]:
