@@ -80,7 +80,7 @@ def _vector_quantize_fwd_kernel(
 
 
 @triton.jit
-def _unit_scales(
+def _lengths(
     x_row,
     q_row,
     found,
@@ -90,7 +90,7 @@ def _unit_scales(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """1/‖x‖, 1/‖q‖ and ‖q‖/‖x‖ of each row; lengths below 1e-6 count as 1e-6 in a divisor."""
+    """‖x‖, ‖q‖ and ‖q‖/‖x‖ of each row; as divisors lengths below 1e-6 count as 1e-6."""
     x_square = tl.zeros((BLOCK_N,), tl.float32)
     q_square = tl.zeros((BLOCK_N,), tl.float32)
     for start in range(0, width, BLOCK_D):
@@ -100,9 +100,11 @@ def _unit_scales(
         q = tl.load(q_row + d * stride_cd, mask=wanted, other=0.0).to(tl.float32)
         x_square += tl.sum(x * x, axis=1)
         q_square += tl.sum(q * q, axis=1)
-    x_length = tl.maximum(tl.sqrt(x_square), 1e-6)
-    q_length = tl.sqrt(q_square)
-    return 1.0 / x_length, 1.0 / tl.maximum(q_length, 1e-6), q_length / x_length
+    # Rounded to nearest, as the divisions by them are: at D = 1, x̂ + q̂ is then exactly zero where
+    # x and q have opposite signs, not a rounding error with a direction of its own.
+    x_length = tl.maximum(tl.sqrt_rn(x_square), 1e-6)
+    q_length = tl.sqrt_rn(q_square)
+    return x_length, tl.maximum(q_length, 1e-6), q_length / x_length
 
 
 @triton.jit
@@ -110,8 +112,8 @@ def _mirror_products(
     g_row,
     x_row,
     q_row,
-    x_scale,
-    q_scale,
+    x_length,
+    q_length,
     found,
     width,
     stride_gd,
@@ -130,8 +132,8 @@ def _mirror_products(
         g = tl.load(g_row + d * stride_gd, mask=wanted, other=0.0).to(tl.float32)
         x = tl.load(x_row + d * stride_xd, mask=wanted, other=0.0).to(tl.float32)
         q = tl.load(q_row + d * stride_cd, mask=wanted, other=0.0).to(tl.float32)
-        q_unit = q * q_scale[:, None]
-        mirror = x * x_scale[:, None] + q_unit
+        q_unit = tl.div_rn(q, q_length[:, None])
+        mirror = tl.div_rn(x, x_length[:, None]) + q_unit
         square += tl.sum(mirror * mirror, axis=1)
         along += tl.sum(g * mirror, axis=1)
         along_q += tl.sum(g * q_unit, axis=1)
@@ -180,22 +182,22 @@ def _vector_quantize_bwd_kernel(
         at = grad_commitment_ptr + head * stride_lh + row * stride_ln
         pull = 2.0 * tl.load(at, mask=found, other=0.0).to(tl.float32)
     scale = tl.full((BLOCK_N,), 1.0, tl.float32)
-    x_scale = tl.zeros((BLOCK_N,), tl.float32)
-    q_scale = tl.zeros((BLOCK_N,), tl.float32)
+    x_length = tl.zeros((BLOCK_N,), tl.float32)
+    q_length = tl.zeros((BLOCK_N,), tl.float32)
     along_w = tl.zeros((BLOCK_N,), tl.float32)
     along_q = tl.zeros((BLOCK_N,), tl.float32)
     if HAS_QUANTIZED:
         g_row = (grad_quantized_ptr + head * stride_gh + row * stride_gn)[:, None]
         if ROTATION:
-            x_scale, q_scale, scale = _unit_scales(
+            x_length, q_length, scale = _lengths(
                 x_row, q_row, found, width, stride_xd, stride_cd, BLOCK_N, BLOCK_D
             )
             along_w, along_q = _mirror_products(
                 g_row,
                 x_row,
                 q_row,
-                x_scale,
-                q_scale,
+                x_length,
+                q_length,
                 found,
                 width,
                 stride_gd,
@@ -214,8 +216,8 @@ def _vector_quantize_bwd_kernel(
             x = tl.load(x_row + d * stride_xd, mask=wanted, other=0.0).to(tl.float32)
             q = tl.load(q_row + d * stride_cd, mask=wanted, other=0.0).to(tl.float32)
             if HAS_QUANTIZED and ROTATION:
-                x_unit = x * x_scale[:, None]
-                mirror = x_unit + q * q_scale[:, None]
+                x_unit = tl.div_rn(x, x_length[:, None])
+                mirror = x_unit + tl.div_rn(q, q_length[:, None])
                 turned = grad - along_w[:, None] * mirror + along_q[:, None] * x_unit
                 grad = scale[:, None] * turned
             grad += pull[:, None] * (x - q)
