@@ -56,8 +56,8 @@ def _vector_quantize_fwd_kernel(
     index = tl.load(found_ptr + flat, mask=inside, other=-1)
     counted = inside
     if HAS_MASK:
-        at = mask_ptr + head * stride_mh + row * stride_mn
-        counted = tl.load(at, mask=inside, other=0) != 0
+        counts = tl.load(mask_ptr + head * stride_mh + row * stride_mn, mask=inside, other=0)
+        counted = counts != 0
     found = counted & (index >= 0)
     lost = counted & (index < 0)
     filler = tl.where(lost, float("nan"), 0.0)
@@ -179,8 +179,8 @@ def _vector_quantize_bwd_kernel(
     q_row = (codebook_ptr + head * stride_ch + index * stride_ck)[:, None]
     pull = tl.zeros((BLOCK_N,), tl.float32)
     if HAS_COMMITMENT:
-        at = grad_commitment_ptr + head * stride_lh + row * stride_ln
-        pull = 2.0 * tl.load(at, mask=found, other=0.0).to(tl.float32)
+        weight_ptr = grad_commitment_ptr + head * stride_lh + row * stride_ln
+        pull = 2.0 * tl.load(weight_ptr, mask=found, other=0.0).to(tl.float32)
     scale = tl.full((BLOCK_N,), 1.0, tl.float32)
     x_length = tl.zeros((BLOCK_N,), tl.float32)
     q_length = tl.zeros((BLOCK_N,), tl.float32)
