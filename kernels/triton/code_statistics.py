@@ -283,9 +283,10 @@ def code_statistics_forward(x: Tensor, indices: Tensor, num_codes: int) -> tuple
     sums = x.new_zeros((*x.shape[:-2], num_codes, x.shape[-1]), dtype=torch.float32)
     if indices.numel() == 0:
         return sums.new_zeros(sums.shape[:-1]), sums
-    keys, order = _sort_by_code(indices, num_codes, num_codes, num_keys)
-    _segment_sums("rows", x, None, None, keys, order, sums)
-    return _run_lengths(keys, num_keys).view(sums.shape[:-1]), sums
+    with torch.cuda.device_of(x):
+        keys, order = _sort_by_code(indices, num_codes, num_codes, num_keys)
+        _segment_sums("rows", x, None, None, keys, order, sums)
+        return _run_lengths(keys, num_keys).view(sums.shape[:-1]), sums
 
 
 def codebook_gradient(grad_loss: Tensor, x: Tensor, codebook: Tensor, indices: Tensor) -> Tensor:
@@ -307,9 +308,10 @@ def codebook_gradient(grad_loss: Tensor, x: Tensor, codebook: Tensor, indices: T
     num_keys = codebook.shape[:-1].numel()
     grad = torch.zeros(codebook.shape, dtype=codebook.dtype, device=codebook.device)
     if indices.numel() > 0:
-        keys, order = _sort_by_code(indices, num_codes, keys_per_head, num_keys)
         book = codebook.reshape(num_keys, -1)
-        _segment_sums("pull", x, grad_loss, book, keys, order, grad)
+        with torch.cuda.device_of(x):
+            keys, order = _sort_by_code(indices, num_codes, keys_per_head, num_keys)
+            _segment_sums("pull", x, grad_loss, book, keys, order, grad)
     return grad
 
 

@@ -91,9 +91,12 @@ def subtract_codes(x: Tensor, codebook: Tensor, indices: Tensor, residual: Tenso
     """
     grid, tiles = _tiles(x)
     if len(x) > 0:
-        _residual_kernel[grid](
-            *(x, codebook, indices, residual, *x.shape, *x.stride(), *codebook.stride()), **tiles
-        )
+        with torch.cuda.device_of(x):
+            _residual_kernel[grid](
+                *(x, codebook, indices, residual),
+                *(*x.shape, *x.stride(), *codebook.stride()),
+                **tiles,
+            )
 
 
 def sum_of_codes(codebooks: Tensor, indices: Tensor) -> Tensor:
@@ -109,11 +112,12 @@ def sum_of_codes(codebooks: Tensor, indices: Tensor) -> Tensor:
     quantized = torch.empty((rows, width), dtype=codebooks.dtype, device=codebooks.device)
     grid, tiles = _tiles(quantized)
     if rows > 0:
-        _sum_of_codes_kernel[grid](
-            *(codebooks, indices, quantized, rows, width, levels),
-            *(*codebooks.stride(), *indices.stride()),
-            **tiles,
-        )
+        with torch.cuda.device_of(codebooks):
+            _sum_of_codes_kernel[grid](
+                *(codebooks, indices, quantized, rows, width, levels),
+                *(*codebooks.stride(), *indices.stride()),
+                **tiles,
+            )
     return quantized
 
 

@@ -22,8 +22,9 @@ MAX_BLOCK_D = 256
 def _rows(rows_per_head, BLOCK_N: tl.constexpr):
     """Of the rows of this program: flat number, head, number in the head, and which exist."""
     # int64: the offsets made of them pass 2³¹ for long batches.
-    head = tl.program_id(1).to(tl.int64)
-    row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    blocks = tl.cdiv(rows_per_head, BLOCK_N)
+    head = (tl.program_id(0) // blocks).to(tl.int64)
+    row = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     return head * rows_per_head + row, head, row, row < rows_per_head
 
 
@@ -246,15 +247,16 @@ def vector_quantize_forward(
     distance = torch.empty(indices.shape, dtype=torch.float32, device=x.device)
     if indices.numel() > 0:
         grid, tiles = _tiles(x)
-        _vector_quantize_fwd_kernel[grid](
-            *(x, codebook, mask, indices, quantized, final, distance),
-            *x.shape[-2:],
-            *_strides(x, 3),
-            *_strides(codebook, 3),
-            *((0, 0) if mask is None else _strides(mask, 2)),
-            HAS_MASK=mask is not None,
-            **tiles,
-        )
+        with torch.cuda.device_of(x):
+            _vector_quantize_fwd_kernel[grid](
+                *(x, codebook, mask, indices, quantized, final, distance),
+                *x.shape[-2:],
+                *_strides(x, 3),
+                *_strides(codebook, 3),
+                *((0, 0) if mask is None else _strides(mask, 2)),
+                HAS_MASK=mask is not None,
+                **tiles,
+            )
     return quantized, final, distance
 
 
@@ -283,27 +285,29 @@ def vector_quantize_backward_x(
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if indices.numel() > 0:
         grid, tiles = _tiles(x)
-        _vector_quantize_bwd_kernel[grid](
-            *(grad_quantized, grad_commitment, x, codebook, indices, grad_x),
-            *x.shape[-2:],
-            *((0, 0, 0) if grad_quantized is None else _strides(grad_quantized, 3)),
-            *((0, 0) if grad_commitment is None else _strides(grad_commitment, 2)),
-            *_strides(x, 3),
-            *_strides(codebook, 3),
-            HAS_QUANTIZED=grad_quantized is not None,
-            HAS_COMMITMENT=grad_commitment is not None,
-            ROTATION=gradient == "rotation",
-            **tiles,
-        )
+        with torch.cuda.device_of(x):
+            _vector_quantize_bwd_kernel[grid](
+                *(grad_quantized, grad_commitment, x, codebook, indices, grad_x),
+                *x.shape[-2:],
+                *((0, 0, 0) if grad_quantized is None else _strides(grad_quantized, 3)),
+                *((0, 0) if grad_commitment is None else _strides(grad_commitment, 2)),
+                *_strides(x, 3),
+                *_strides(codebook, 3),
+                HAS_QUANTIZED=grad_quantized is not None,
+                HAS_COMMITMENT=grad_commitment is not None,
+                ROTATION=gradient == "rotation",
+                **tiles,
+            )
     return grad_x
 
 
-def _tiles(x: Tensor) -> tuple[tuple[int, int], dict[str, int]]:
+def _tiles(x: Tensor) -> tuple[tuple[int], dict[str, int]]:
     """The grid, and the tile of one program: whole rows, in pieces where they are long."""
     block_d = min(MAX_BLOCK_D, triton.next_power_of_2(x.shape[-1]))
     block_n = TILE_ELEMENTS // block_d
     heads = x.shape[0] if x.dim() == 3 else 1
-    return (triton.cdiv(x.shape[-2], block_n), heads), {"BLOCK_N": block_n, "BLOCK_D": block_d}
+    grid = (triton.cdiv(x.shape[-2], block_n) * heads,)
+    return grid, {"BLOCK_N": block_n, "BLOCK_D": block_d}
 
 
 def _strides(tensor: Tensor, dims: int) -> tuple[int, ...]:
