@@ -24,6 +24,7 @@ COLUMNS = {
     "spills": "spill",
     "hazards": "hazard",
     "matrix": "matrix",
+    "products": "products",
     "alu": "ALU/pair",
     "fma": "FMA/pair",
     "issued": "all/pair",
@@ -46,10 +47,12 @@ def summarise(case: Examined) -> dict[str, Any]:
     if case.search is None:
         return row
     loops = sass.find_main_loops(program)
-    costs = [sass.measure(loop, case.search.products) for loop in loops]
+    costs = [sass.measure(loop, case.search) for loop in loops]
     dearest = max(costs, key=lambda cost: cost.alu)
     row["matrix"] = max(sass.count(loop.body, sass.MATRIX) for loop in loops)
-    row |= {name: getattr(dearest, name) for name in ("alu", "fma", "issued", "overlap")}
+    row |= {
+        name: getattr(dearest, name) for name in ("products", "alu", "fma", "issued", "overlap")
+    }
     row["us"] = predicted_times(case, program, loops, dearest)
     return row
 
@@ -57,20 +60,18 @@ def summarise(case: Examined) -> dict[str, Any]:
 def predicted_times(
     case: Examined, program: sass.Program, loops: list[sass.Loop], cost: sass.LoopCost
 ) -> dict[str, tuple[float, float]]:
-    """Predicted and least possible time in µs of the H200 sizes whose rows this width holds."""
-    search = case.search
-    assert search is not None
-    if case.capability != 90:
+    """Predicted and least possible time in µs of the H200 sizes with these channels."""
+    search, model = case.search, case.model
+    if search is None or model is None or case.capability != 90:
         return {}
     outside = (len(program.instructions) - sum(len(loop.body) for loop in loops)) / len(loops)
     times = {}
     for size in H200_SIZES:
-        if not size.channels <= search.products <= max(64, size.channels):
-            continue
-        result = predict(
-            size, cost, search.products, outside / search.rows, search.group, search.hidden
-        )
-        times[size.name] = (result.total_us, result.floor_us)
+        if size.channels == model.channels:
+            result = predict(
+                size, cost, search.products, outside / model.rows, model.group, model.hidden
+            )
+            times[size.name] = (result.total_us, result.floor_us)
     return times
 
 

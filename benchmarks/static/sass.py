@@ -11,7 +11,7 @@ import collections
 import dataclasses
 import functools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from benchmarks.static.compile import MachineCode
 
@@ -90,14 +90,34 @@ class Loop:
 
 
 @dataclasses.dataclass(frozen=True)
-class LoopCost:
-    """Instructions per pair in a main loop, and the share of ALU work under matrix products."""
+class Search:
+    """What a search kernel was asked to compute, to compare its machine code with.
 
-    pairs: float  # scores per thread and trip
+    Attributes:
+        products: multiply-adds per pair: the width of the operands.
+        warp_pairs: scores per warp and trip through the main loop.
+        tcgen05_products: multiply-adds per UTCHMMA and warp (sm_100), whose shape the machine code
+            does not name.
+    """
+
+    products: int
+    warp_pairs: int
+    tcgen05_products: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopCost:
+    """A main loop's instructions per pair, and the share of its ALU work under matrix products.
+
+    `products` is how many of the multiply-adds that the search needs the machine code holds: 1, or
+    some are missing.
+    """
+
+    products: float
     alu: float
     fma: float
     issued: float
-    overlap: float | None  # None where the matrix instruction is synchronous (sm_80)
+    overlap: float | None  # None where it cannot be read from the code (sm_80, sm_100)
 
 
 def parse(sass: str) -> Program:
@@ -151,49 +171,53 @@ def find_main_loops(program: Program) -> list[Loop]:
     return [loop for loop in loops if not any(loop.encloses(other) for other in loops)]
 
 
-def multiply_adds(instruction: Instruction) -> int:
-    """Products that one HMMA (per warp) or HGMMA (per warpgroup) adds up; 0 for other opcodes."""
-    if instruction.opcode == "HGMMA":
+def multiply_adds(instruction: Instruction, search: Search) -> int:
+    """Products per warp that one instruction adds up; 0 for any but matrix instructions."""
+    if instruction.opcode == "UTCHMMA":
+        return search.tcgen05_products
+    if instruction.opcode == "HGMMA":  # one for the four warps of a warpgroup
         rows, columns, depth = map(int, instruction.name.split(".")[1].split("x"))
-        return rows * columns * depth
-    if instruction.opcode == "HMMA":
-        shape = instruction.name.split(".")[1]  # 16816 is 16×8×16; 1688 is 16×8×8
-        return 16 * 8 * int(shape[3:])
+        return rows * columns * depth // 4
+    if instruction.opcode == "HMMA":  # 16816 is 16×8×16; 1688 is 16×8×8
+        return 16 * 8 * int(instruction.name.split(".")[1][3:])
     return 0
 
 
-def pairs_per_thread(body: Sequence[Instruction], depth: int) -> float:
-    """Scores per thread in this code.
+def measure(loop: Loop, search: Search) -> LoopCost:
+    """Instructions per pair of a main loop.
 
-    Args:
-        depth: products per score, the padded width of a row times the number of product terms.
+    Where the columns of an operand are a loop of their own, `loop` is that inner loop, and its
+    instructions count as often as it takes to reach the products that a trip through the enclosing
+    loop needs.
     """
-    warps = {"HMMA": 1, "HGMMA": 4}
-    products = sum(multiply_adds(i) / warps.get(i.opcode, 1) for i in body) / 32
-    return products / depth + sum(_scores_read(i) for i in body)
+    needed = search.products * search.warp_pairs
+    inside = sum(multiply_adds(i, search) for i in loop.body)
+    around: tuple[Instruction, ...] = ()
+    trips = 1.0
+    if inside < needed and (outer := _enclosing(loop)):
+        around = (
+            *outer.body[: loop.first - outer.first],
+            *outer.body[loop.last + 1 - outer.first :],
+        )
+        trips = (needed - sum(multiply_adds(i, search) for i in around)) / inside
+    pairs = search.warp_pairs / 32
+    found = trips * inside + sum(multiply_adds(i, search) for i in around)
 
+    def per_pair(opcodes: Iterable[str]) -> float:
+        return (trips * count(loop.body, opcodes) + count(around, opcodes)) / pairs
 
-def _scores_read(instruction: Instruction) -> float:
-    # tcgen05 products name their shape in a register, so on sm_100 the scores are counted where
-    # they are read: LDTM.xN gives N registers to each of 32 lanes, or of 16 (16dp).
-    found = re.search(r"^LDTM\.(\w*?)\.?x(\d+)", instruction.name)
-    if not found:
-        return 0
-    return int(found[2]) / (2 if found[1].startswith("16dp") else 1)
-
-
-def measure(loop: Loop, depth: int) -> LoopCost:
-    """Instructions per pair of one trip through a main loop."""
-    pairs = pairs_per_thread(loop.body, depth)
-    if not pairs:
-        raise ValueError("measure: the loop computes no scores; its matrix products are gone")
     return LoopCost(
-        pairs=pairs,
-        alu=count(loop.body, ALU) / pairs,
-        fma=count(loop.body, FMA) / pairs,
-        issued=len(loop.body) / pairs,
+        products=found / needed,
+        alu=per_pair(ALU),
+        fma=per_pair(FMA),
+        issued=(trips * len(loop.body) + len(around)) / pairs,
         overlap=_overlap(loop),
     )
+
+
+def _enclosing(loop: Loop) -> Loop | None:
+    outer = [other for other in find_loops(loop.program) if other.encloses(loop)]
+    return min(outer, key=lambda other: len(other.body), default=None)
 
 
 def _overlap(loop: Loop) -> float | None:

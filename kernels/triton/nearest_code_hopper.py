@@ -105,7 +105,7 @@ TILINGS = {
     (64, False): Tiling(rows=64, group=16, tiles=4, stages=2, chunk=64, row_state=False),
     (16, True): Tiling(rows=64, group=8, tiles=8, stages=2, chunk=16, row_state=False),
     (32, True): Tiling(rows=64, group=8, tiles=8, stages=2, chunk=32, row_state=False),
-    (64, True): Tiling(rows=64, group=8, tiles=4, stages=2, chunk=64, row_state=False),
+    (64, True): Tiling(rows=64, group=4, tiles=2, stages=4, chunk=64, row_state=False),
     (128, True): Tiling(rows=128, group=4, tiles=1, stages=4, chunk=128, row_state=True),
     (256, True): Tiling(rows=128, group=2, tiles=1, stages=3, chunk=128, row_state=True),
 }
