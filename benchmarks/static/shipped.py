@@ -72,7 +72,7 @@ class Examined:
 
 @functools.cache
 def cases() -> tuple[Case, ...]:
-    return (*_nearest_code_cases(), *_hopper_cases())
+    return (*_nearest_code_cases(), *_hopper_cases(), *_sums_cases(), *_row_cases())
 
 
 def _nearest_code_cases() -> Iterator[Case]:
@@ -141,6 +141,53 @@ def _hopper_cases() -> Iterator[Case]:
             )
             name = f"hopper W{width}{' norms' if has_norms else ''}"
             yield Case(name + " resident" * is_resident, 90, launches[0], search, model)
+
+
+def _sums_cases() -> Iterator[Case]:
+    """The sums by code and the codebook's gradient, for a narrow and a wide row."""
+    from fastvq.kernels.triton.code_statistics import code_statistics_forward, codebook_gradient
+
+    for channels in (8, 256):
+        x, codebook = torch.empty(8192, channels), torch.empty(512, channels)
+        indices = torch.zeros(len(x), dtype=torch.int64)
+        with record_launches() as launches:
+            code_statistics_forward(x, indices, len(codebook))
+            codebook_gradient(x[:, 0], x, codebook, indices)
+        # The levels above the first are launches of one kernel: one stands for all.
+        for launch in {_kind(launch): launch for launch in launches}.values():
+            name = f"sums {' '.join(_kind(launch))} D{channels}"
+            for capability in (80, 90, 100) if "segment_sum" in name else (90,):
+                yield Case(name, capability, launch)
+
+
+def _kind(launch: Launch) -> tuple[str, ...]:
+    name = launch.name.removeprefix("_").removesuffix("_kernel")
+    kind = launch.keywords.get("KIND")
+    return (name,) if kind is None else (name, kind)
+
+
+def _row_cases() -> Iterator[Case]:
+    """The quantizer's epilogue and gradient, the residual's update and sum."""
+    from fastvq.kernels.triton.residual_quantize import subtract_codes, sum_of_codes
+    from fastvq.kernels.triton.vector_quantize import (
+        vector_quantize_backward_x,
+        vector_quantize_forward,
+    )
+
+    for channels in (8, 256):
+        x, codebook = torch.empty(8192, channels), torch.empty(512, channels)
+        indices = torch.zeros(len(x), dtype=torch.int64)
+        mask = torch.ones(len(x), dtype=torch.bool)
+        with record_launches() as launches:
+            vector_quantize_forward(x, codebook, mask, indices)
+            for gradient in ("straight_through", "rotation"):
+                vector_quantize_backward_x(x, x[:, 0], x, codebook, indices, gradient)
+            subtract_codes(x, codebook, indices, x)
+            sum_of_codes(codebook[None], indices[:, None])
+        for launch in launches:
+            name = launch.name.removeprefix("_").removesuffix("_kernel")
+            name += " rotation" if launch.keywords.get("ROTATION") else ""
+            yield Case(f"rows {name} D{channels}", 90, launch)
 
 
 def examine(keys: Iterable[tuple[str, int]] | None = None, workers: int = 2) -> list[Examined]:

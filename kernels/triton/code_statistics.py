@@ -124,16 +124,16 @@ def _terms(
     stride_vd,
     stride_wh,
     stride_wn,
-    stride_ck,
-    stride_cd,
+    WIDTH: tl.constexpr,
     HEADS: tl.constexpr,
+    PACKED: tl.constexpr,
     KIND: tl.constexpr,
 ):
     """The (LANES, BLOCK_D) float64 terms of one sorted entry per lane; zeros without a code."""
     live = key >= 0
     mask = live[:, None] & in_d[None, :]
     if KIND == "partial":
-        term = _load_float64(values_ptr, high_ptr, entry[:, None] * stride_vn + d[None, :], mask)
+        term = _load_float64(values_ptr, high_ptr, entry[:, None] * WIDTH + d[None, :], mask)
     else:
         row = tl.load(order_ptr + entry, mask=live, other=0)
         head = tl.zeros_like(row)
@@ -141,12 +141,15 @@ def _terms(
             # 32 bits: a 64-bit division is a subroutine, and the rows of a sort fit.
             head = (row.to(tl.int32) // rows_per_head).to(tl.int64)
             row -= head * rows_per_head
-        at = values_ptr + (head * stride_vh + row * stride_vn)[:, None] + d[None, :] * stride_vd
+        if PACKED:
+            at = values_ptr + (row * WIDTH)[:, None] + d[None, :]
+        else:
+            at = values_ptr + (head * stride_vh + row * stride_vn)[:, None] + d[None, :] * stride_vd
         value = tl.load(at, mask=mask, other=0.0).to(tl.float32)
         if KIND == "pull":
             # ∂/∂q of w‖x − q‖². The rows of a run share q: its loads hit the L1 cache.
             weight = tl.load(weight_ptr + head * stride_wh + row * stride_wn, mask=live, other=0.0)
-            code = codebook_ptr + key.to(tl.int64)[:, None] * stride_ck + d[None, :] * stride_cd
+            code = codebook_ptr + (key.to(tl.int64) * WIDTH)[:, None] + d[None, :]
             q = tl.load(code, mask=mask, other=0.0).to(tl.float32)
             value = (2.0 * weight.to(tl.float32))[:, None] * (q - value)
         term = value.to(tl.float64)
@@ -169,15 +172,14 @@ def _segment_sum_kernel(
     num_chunks,
     num_keys,
     rows_per_head,
-    width,
     stride_vh,
     stride_vn,
     stride_vd,
     stride_wh,
     stride_wn,
-    stride_ck,
-    stride_cd,
+    WIDTH: tl.constexpr,
     HEADS: tl.constexpr,
+    PACKED: tl.constexpr,
     KIND: tl.constexpr,
     LENGTH: tl.constexpr,
     LANES: tl.constexpr,
@@ -191,13 +193,13 @@ def _segment_sum_kernel(
     # that the rows of one run stay neighbours.
     lane = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    in_d = d < width
+    in_d = d < WIDTH
     first = lane * LENGTH
     key = _key(keys_ptr, first, num_entries, num_keys)
     continued = (key >= 0) & (_key(keys_ptr, first - 1, num_entries, num_keys) == key)
     goes_on = continued
     total = tl.zeros((LANES, BLOCK_D), tl.float64)
-    open_row = (2 * lane * width)[:, None] + d[None, :]
+    open_row = (2 * lane * WIDTH)[:, None] + d[None, :]
 
     for start in range(0, LENGTH, AHEAD):
         keys = (key,)
@@ -221,9 +223,9 @@ def _segment_sum_kernel(
                     stride_vd,
                     stride_wh,
                     stride_wn,
-                    stride_ck,
-                    stride_cd,
+                    WIDTH,
                     HEADS,
+                    PACKED,
                     KIND,
                 ),
             )
@@ -234,7 +236,7 @@ def _segment_sum_kernel(
             ends = (key >= 0) & (keys[ahead + 1] != key)
             total += terms[ahead]
             tl.store(
-                sums_ptr + (key.to(tl.int64) * width)[:, None] + d[None, :],
+                sums_ptr + (key.to(tl.int64) * WIDTH)[:, None] + d[None, :],
                 total.to(tl.float32).to(sums_ptr.dtype.element_ty),
                 mask=(ends & ~continued)[:, None] & in_d[None, :],
             )
@@ -248,7 +250,7 @@ def _segment_sum_kernel(
     open_mask = goes_on[:, None] & in_d[None, :]
     _store_float64(open_low_ptr, open_high_ptr, open_row, total, open_mask & through)
     rest = tl.where(through, 0.0, total)
-    _store_float64(open_low_ptr, open_high_ptr, open_row + width, rest, open_mask)
+    _store_float64(open_low_ptr, open_high_ptr, open_row + WIDTH, rest, open_mask)
     if tl.program_id(1) == 0:
         _store_open_keys(keys_ptr, open_keys_ptr, lane, num_entries, num_chunks, num_keys, LENGTH)
 
@@ -308,7 +310,7 @@ def codebook_gradient(grad_loss: Tensor, x: Tensor, codebook: Tensor, indices: T
     num_keys = codebook.shape[:-1].numel()
     grad = torch.zeros(codebook.shape, dtype=codebook.dtype, device=codebook.device)
     if indices.numel() > 0:
-        book = codebook.reshape(num_keys, -1)
+        book = codebook.contiguous()
         with torch.cuda.device_of(x):
             keys, order = _sort_by_code(indices, num_codes, keys_per_head, num_keys)
             _segment_sums("pull", x, grad_loss, book, keys, order, grad)
@@ -364,10 +366,10 @@ def _segment_sums(
     """Fill the rows of `sums` whose codes have rows; it holds zeros."""
     width = x.shape[-1]
     num_keys = sums.numel() // width
-    x = x if x.dim() == 3 else x[None]
-    weights = weight[None] if weight is not None and weight.dim() == 1 else weight
+    strides, heads = _addressing(x, weight)
+    packed = x.is_contiguous()
     block_d = min(MAX_BLOCK_D, triton.next_power_of_2(width))
-    values, high, strides = x, x, x.stride()
+    values, high = x, x
     while True:
         chunks = triton.cdiv(len(keys), CHUNK)
         # One chunk leaves nothing open: its buffers are never written, and its keys never read.
@@ -376,12 +378,12 @@ def _segment_sums(
         low, open_high = torch.empty((2, rows, width), dtype=torch.int32, device=x.device)
         lanes = min(MAX_LANES, TILE_ELEMENTS // block_d, triton.next_power_of_2(chunks))
         _segment_sum_kernel[(triton.cdiv(chunks, lanes), triton.cdiv(width, block_d))](
-            *(keys, order, values, high, weights, codebook, sums, open_keys, low, open_high),
-            *(len(keys), chunks, num_keys, x.shape[1], width),
+            *(keys, order, values, high, weight, codebook, sums, open_keys, low, open_high),
+            *(len(keys), chunks, num_keys, x.shape[-2]),
             *strides,
-            *((0, 0) if weights is None else weights.stride()),
-            *((0, 0) if codebook is None else codebook.stride()),
-            HEADS=kind != "partial" and len(x) > 1,
+            WIDTH=width,
+            HEADS=heads,
+            PACKED=packed,
             KIND=kind,
             LENGTH=CHUNK,
             LANES=lanes,
@@ -389,4 +391,17 @@ def _segment_sums(
         )
         if chunks == 1:
             return
-        kind, keys, values, high, strides = "partial", open_keys, low, open_high, (0, width, 1)
+        kind, keys, values, high = "partial", open_keys, low, open_high
+
+
+def _addressing(x: Tensor, weight: Tensor | None) -> tuple[tuple[int, ...], bool]:
+    """Strides of x (head, row, channel) and the weights (head, row); whether rows have heads.
+
+    Where the rows of all heads lie one after the other, they need no head of their own.
+    """
+    x_strides = x.stride() if x.dim() == 3 else (0, *x.stride())
+    one_weight = weight is None or not any(weight.stride())
+    if x.is_contiguous() and (one_weight or weight.is_contiguous()):
+        return (*x_strides, 0, 0 if one_weight else 1), False
+    weight_strides = (0, 0) if weight is None else (0, *weight.stride())[-2:]
+    return (*x_strides, *weight_strides), x.dim() == 3

@@ -24,11 +24,13 @@ def _residual_kernel(
     indices_ptr,
     residual_ptr,
     num_rows,
-    width,
     stride_xn,
     stride_xd,
     stride_ck,
     stride_cd,
+    WIDTH: tl.constexpr,
+    X_PACKED: tl.constexpr,
+    BOOK_PACKED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -36,14 +38,15 @@ def _residual_kernel(
     # without a code becomes NaN, so that no later search finds one for it.
     row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
-    inside = (row < num_rows)[:, None] & (d < width)
+    inside = (row < num_rows)[:, None] & (d < WIDTH)
     index = tl.load(indices_ptr + row, mask=row < num_rows, other=-1)[:, None]
-    x = tl.load(x_ptr + row[:, None] * stride_xn + d * stride_xd, mask=inside, other=0.0)
-    at = codebook_ptr + index * stride_ck + d * stride_cd
-    code = tl.load(at, mask=inside & (index >= 0), other=0.0)
+    x_row = row[:, None] * (WIDTH if X_PACKED else stride_xn)
+    x = tl.load(x_ptr + x_row + d * stride_xd, mask=inside, other=0.0)
+    code_row = index * (WIDTH if BOOK_PACKED else stride_ck)
+    code = tl.load(codebook_ptr + code_row + d * stride_cd, mask=inside & (index >= 0), other=0.0)
     residual = x.to(tl.float32) - code.to(tl.float32)
     residual = tl.where(index >= 0, residual, float("nan"))
-    tl.store(residual_ptr + row[:, None] * width + d, residual, mask=inside)
+    tl.store(residual_ptr + row[:, None] * WIDTH + d, residual, mask=inside)
 
 
 @triton.jit
@@ -52,13 +55,14 @@ def _sum_of_codes_kernel(
     indices_ptr,
     quantized_ptr,
     num_rows,
-    width,
     levels,
     stride_cq,
     stride_ck,
     stride_cd,
     stride_in,
     stride_iq,
+    WIDTH: tl.constexpr,
+    BOOK_PACKED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -66,18 +70,19 @@ def _sum_of_codes_kernel(
     # chip and is written once. A row that lost its code at some level is NaN.
     row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
-    inside = (row < num_rows)[:, None] & (d < width)
+    inside = (row < num_rows)[:, None] & (d < WIDTH)
     total = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     for level in range(0, levels):
         at = indices_ptr + row * stride_in + level * stride_iq
         index = tl.load(at, mask=row < num_rows, other=-1)[:, None]
+        code_row = index * (WIDTH if BOOK_PACKED else stride_ck)
         code = tl.load(
-            codebooks_ptr + index * stride_ck + d * stride_cd, mask=inside & (index >= 0), other=0.0
+            codebooks_ptr + code_row + d * stride_cd, mask=inside & (index >= 0), other=0.0
         )
         total += tl.where(index >= 0, code.to(tl.float32), float("nan"))
         codebooks_ptr += stride_cq
     value = total.to(quantized_ptr.dtype.element_ty)
-    tl.store(quantized_ptr + row[:, None] * width + d, value, mask=inside)
+    tl.store(quantized_ptr + row[:, None] * WIDTH + d, value, mask=inside)
 
 
 def subtract_codes(x: Tensor, codebook: Tensor, indices: Tensor, residual: Tensor) -> None:
@@ -94,7 +99,9 @@ def subtract_codes(x: Tensor, codebook: Tensor, indices: Tensor, residual: Tenso
         with torch.cuda.device_of(x):
             _residual_kernel[grid](
                 *(x, codebook, indices, residual),
-                *(*x.shape, *x.stride(), *codebook.stride()),
+                *(len(x), *x.stride(), *codebook.stride()),
+                X_PACKED=x.is_contiguous(),
+                BOOK_PACKED=codebook.is_contiguous(),
                 **tiles,
             )
 
@@ -114,8 +121,9 @@ def sum_of_codes(codebooks: Tensor, indices: Tensor) -> Tensor:
     if rows > 0:
         with torch.cuda.device_of(codebooks):
             _sum_of_codes_kernel[grid](
-                *(codebooks, indices, quantized, rows, width, levels),
+                *(codebooks, indices, quantized, rows, levels),
                 *(*codebooks.stride(), *indices.stride()),
+                BOOK_PACKED=codebooks.is_contiguous(),
                 **tiles,
             )
     return quantized
@@ -125,4 +133,4 @@ def _tiles(x: Tensor) -> tuple[tuple[int, int], dict[str, int]]:
     block_d = min(MAX_BLOCK_D, triton.next_power_of_2(x.shape[-1]))
     block_n = TILE_ELEMENTS // block_d
     grid = (triton.cdiv(len(x), block_n), triton.cdiv(x.shape[-1], block_d))
-    return grid, {"BLOCK_N": block_n, "BLOCK_D": block_d}
+    return grid, {"WIDTH": x.shape[-1], "BLOCK_N": block_n, "BLOCK_D": block_d}

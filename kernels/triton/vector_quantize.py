@@ -29,6 +29,18 @@ def _rows(rows_per_head, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
+def _first_channel(
+    ptr, flat, head, row, stride_h, stride_n, WIDTH: tl.constexpr, PACKED: tl.constexpr
+):
+    """Where rows start. WIDTH is a constant so that their alignment is known to the compiler."""
+    if PACKED:
+        offset = flat * WIDTH
+    else:
+        offset = head * stride_h + row * stride_n
+    return (ptr + offset)[:, None]
+
+
+@triton.jit
 def _vector_quantize_fwd_kernel(
     x_ptr,
     codebook_ptr,
@@ -38,15 +50,14 @@ def _vector_quantize_fwd_kernel(
     indices_ptr,
     distance_ptr,
     rows_per_head,
-    width,
+    codes_per_head,
     stride_xh,
     stride_xn,
     stride_xd,
-    stride_ch,
-    stride_ck,
-    stride_cd,
     stride_mh,
     stride_mn,
+    WIDTH: tl.constexpr,
+    X_PACKED: tl.constexpr,
     HAS_MASK: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -62,20 +73,19 @@ def _vector_quantize_fwd_kernel(
     found = counted & (index >= 0)
     lost = counted & (index < 0)
     filler = tl.where(lost, float("nan"), 0.0)
-    x_row = x_ptr + head * stride_xh + row * stride_xn
-    code_row = codebook_ptr + head * stride_ch + index * stride_ck
+    x_row = _first_channel(x_ptr, flat, head, row, stride_xh, stride_xn, WIDTH, X_PACKED)
+    q_row = (codebook_ptr + (head * codes_per_head + index) * WIDTH)[:, None]
     total = tl.zeros((BLOCK_N,), tl.float32)
-    for start in range(0, width, BLOCK_D):
-        d = start + tl.arange(0, BLOCK_D)
-        in_d = (d < width)[None, :]
-        wanted = found[:, None] & in_d
-        x = tl.load(x_row[:, None] + d[None, :] * stride_xd, mask=wanted, other=0.0)
-        q = tl.load(code_row[:, None] + d[None, :] * stride_cd, mask=wanted, other=0.0)
+    for start in range(0, WIDTH, BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)[None, :]
+        wanted = found[:, None] & (d < WIDTH)
+        x = tl.load(x_row + d * stride_xd, mask=wanted, other=0.0)
+        q = tl.load(q_row + d, mask=wanted, other=0.0)
         difference = x.to(tl.float32) - q.to(tl.float32)
         total += tl.sum(difference * difference, axis=1)
         value = tl.where(found[:, None], q, filler[:, None].to(q.dtype))
-        at = quantized_ptr + (flat * width)[:, None] + d[None, :]
-        tl.store(at, value, mask=inside[:, None] & in_d)
+        at = quantized_ptr + (flat * WIDTH)[:, None] + d
+        tl.store(at, value, mask=inside[:, None] & (d < WIDTH))
     tl.store(indices_ptr + flat, tl.where(found, index, -1), mask=inside)
     tl.store(distance_ptr + flat, tl.where(found, total, filler), mask=inside)
 
@@ -85,20 +95,19 @@ def _lengths(
     x_row,
     q_row,
     found,
-    width,
     stride_xd,
-    stride_cd,
+    WIDTH: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """‖x‖, ‖q‖ and ‖q‖/‖x‖ of each row; as divisors lengths below 1e-6 count as 1e-6."""
     x_square = tl.zeros((BLOCK_N,), tl.float32)
     q_square = tl.zeros((BLOCK_N,), tl.float32)
-    for start in range(0, width, BLOCK_D):
+    for start in range(0, WIDTH, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)[None, :]
-        wanted = found[:, None] & (d < width)
+        wanted = found[:, None] & (d < WIDTH)
         x = tl.load(x_row + d * stride_xd, mask=wanted, other=0.0).to(tl.float32)
-        q = tl.load(q_row + d * stride_cd, mask=wanted, other=0.0).to(tl.float32)
+        q = tl.load(q_row + d, mask=wanted, other=0.0).to(tl.float32)
         x_square += tl.sum(x * x, axis=1)
         q_square += tl.sum(q * q, axis=1)
     # Rounded to nearest, as the divisions by them are: at D = 1, x̂ + q̂ is then exactly zero where
@@ -116,10 +125,9 @@ def _mirror_products(
     x_length,
     q_length,
     found,
-    width,
     stride_gd,
     stride_xd,
-    stride_cd,
+    WIDTH: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -127,12 +135,12 @@ def _mirror_products(
     square = tl.zeros((BLOCK_N,), tl.float32)
     along = tl.zeros((BLOCK_N,), tl.float32)
     along_q = tl.zeros((BLOCK_N,), tl.float32)
-    for start in range(0, width, BLOCK_D):
+    for start in range(0, WIDTH, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)[None, :]
-        wanted = found[:, None] & (d < width)
+        wanted = found[:, None] & (d < WIDTH)
         g = tl.load(g_row + d * stride_gd, mask=wanted, other=0.0).to(tl.float32)
         x = tl.load(x_row + d * stride_xd, mask=wanted, other=0.0).to(tl.float32)
-        q = tl.load(q_row + d * stride_cd, mask=wanted, other=0.0).to(tl.float32)
+        q = tl.load(q_row + d, mask=wanted, other=0.0).to(tl.float32)
         q_unit = tl.div_rn(q, q_length[:, None])
         mirror = tl.div_rn(x, x_length[:, None]) + q_unit
         square += tl.sum(mirror * mirror, axis=1)
@@ -152,7 +160,7 @@ def _vector_quantize_bwd_kernel(
     indices_ptr,
     grad_x_ptr,
     rows_per_head,
-    width,
+    codes_per_head,
     stride_gh,
     stride_gn,
     stride_gd,
@@ -161,9 +169,9 @@ def _vector_quantize_bwd_kernel(
     stride_xh,
     stride_xn,
     stride_xd,
-    stride_ch,
-    stride_ck,
-    stride_cd,
+    WIDTH: tl.constexpr,
+    X_PACKED: tl.constexpr,
+    G_PACKED: tl.constexpr,
     HAS_QUANTIZED: tl.constexpr,
     HAS_COMMITMENT: tl.constexpr,
     ROTATION: tl.constexpr,
@@ -176,8 +184,8 @@ def _vector_quantize_bwd_kernel(
     flat, head, row, inside = _rows(rows_per_head, BLOCK_N)
     index = tl.load(indices_ptr + flat, mask=inside, other=-1)
     found = index >= 0
-    x_row = (x_ptr + head * stride_xh + row * stride_xn)[:, None]
-    q_row = (codebook_ptr + head * stride_ch + index * stride_ck)[:, None]
+    x_row = _first_channel(x_ptr, flat, head, row, stride_xh, stride_xn, WIDTH, X_PACKED)
+    q_row = (codebook_ptr + (head * codes_per_head + index) * WIDTH)[:, None]
     pull = tl.zeros((BLOCK_N,), tl.float32)
     if HAS_COMMITMENT:
         weight_ptr = grad_commitment_ptr + head * stride_lh + row * stride_ln
@@ -188,10 +196,12 @@ def _vector_quantize_bwd_kernel(
     along_w = tl.zeros((BLOCK_N,), tl.float32)
     along_q = tl.zeros((BLOCK_N,), tl.float32)
     if HAS_QUANTIZED:
-        g_row = (grad_quantized_ptr + head * stride_gh + row * stride_gn)[:, None]
+        g_row = _first_channel(
+            grad_quantized_ptr, flat, head, row, stride_gh, stride_gn, WIDTH, G_PACKED
+        )
         if ROTATION:
             x_length, q_length, scale = _lengths(
-                x_row, q_row, found, width, stride_xd, stride_cd, BLOCK_N, BLOCK_D
+                x_row, q_row, found, stride_xd, WIDTH, BLOCK_N, BLOCK_D
             )
             along_w, along_q = _mirror_products(
                 g_row,
@@ -200,30 +210,29 @@ def _vector_quantize_bwd_kernel(
                 x_length,
                 q_length,
                 found,
-                width,
                 stride_gd,
                 stride_xd,
-                stride_cd,
+                WIDTH,
                 BLOCK_N,
                 BLOCK_D,
             )
-    for start in range(0, width, BLOCK_D):
+    for start in range(0, WIDTH, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)[None, :]
-        wanted = found[:, None] & (d < width)
+        wanted = found[:, None] & (d < WIDTH)
         grad = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
         if HAS_QUANTIZED:
             grad = tl.load(g_row + d * stride_gd, mask=wanted, other=0.0).to(tl.float32)
         if HAS_COMMITMENT or ROTATION:
             x = tl.load(x_row + d * stride_xd, mask=wanted, other=0.0).to(tl.float32)
-            q = tl.load(q_row + d * stride_cd, mask=wanted, other=0.0).to(tl.float32)
+            q = tl.load(q_row + d, mask=wanted, other=0.0).to(tl.float32)
             if HAS_QUANTIZED and ROTATION:
                 x_unit = tl.div_rn(x, x_length[:, None])
                 mirror = x_unit + tl.div_rn(q, q_length[:, None])
                 turned = grad - along_w[:, None] * mirror + along_q[:, None] * x_unit
                 grad = scale[:, None] * turned
             grad += pull[:, None] * (x - q)
-        at = grad_x_ptr + (flat * width)[:, None] + d
-        tl.store(at, grad.to(grad_x_ptr.dtype.element_ty), mask=inside[:, None] & (d < width))
+        at = grad_x_ptr + (flat * WIDTH)[:, None] + d
+        tl.store(at, grad.to(grad_x_ptr.dtype.element_ty), mask=inside[:, None] & (d < WIDTH))
 
 
 def vector_quantize_forward(
@@ -249,11 +258,12 @@ def vector_quantize_forward(
         grid, tiles = _tiles(x)
         with torch.cuda.device_of(x):
             _vector_quantize_fwd_kernel[grid](
-                *(x, codebook, mask, indices, quantized, final, distance),
-                *x.shape[-2:],
+                *(x, codebook.contiguous(), mask, indices, quantized, final, distance),
+                *(x.shape[-2], _codes_per_head(codebook)),
                 *_strides(x, 3),
-                *_strides(codebook, 3),
                 *((0, 0) if mask is None else _strides(mask, 2)),
+                WIDTH=x.shape[-1],
+                X_PACKED=x.is_contiguous(),
                 HAS_MASK=mask is not None,
                 **tiles,
             )
@@ -287,12 +297,14 @@ def vector_quantize_backward_x(
         grid, tiles = _tiles(x)
         with torch.cuda.device_of(x):
             _vector_quantize_bwd_kernel[grid](
-                *(grad_quantized, grad_commitment, x, codebook, indices, grad_x),
-                *x.shape[-2:],
+                *(grad_quantized, grad_commitment, x, codebook.contiguous(), indices, grad_x),
+                *(x.shape[-2], _codes_per_head(codebook)),
                 *((0, 0, 0) if grad_quantized is None else _strides(grad_quantized, 3)),
                 *((0, 0) if grad_commitment is None else _strides(grad_commitment, 2)),
                 *_strides(x, 3),
-                *_strides(codebook, 3),
+                WIDTH=x.shape[-1],
+                X_PACKED=x.is_contiguous(),
+                G_PACKED=grad_quantized is not None and grad_quantized.is_contiguous(),
                 HAS_QUANTIZED=grad_quantized is not None,
                 HAS_COMMITMENT=grad_commitment is not None,
                 ROTATION=gradient == "rotation",
@@ -308,6 +320,11 @@ def _tiles(x: Tensor) -> tuple[tuple[int], dict[str, int]]:
     heads = x.shape[0] if x.dim() == 3 else 1
     grid = (triton.cdiv(x.shape[-2], block_n) * heads,)
     return grid, {"BLOCK_N": block_n, "BLOCK_D": block_d}
+
+
+def _codes_per_head(codebook: Tensor) -> int:
+    """How far the code numbers of two heads lie apart; 0 where they share the codes."""
+    return codebook.shape[1] if codebook.dim() == 3 else 0
 
 
 def _strides(tensor: Tensor, dims: int) -> tuple[int, ...]:

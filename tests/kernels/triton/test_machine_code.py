@@ -130,6 +130,26 @@ def test_the_exact_score_rounds_each_square(programs: Programs) -> None:
         assert not opcodes & {"DFMA", "DMMA"}
 
 
+def test_sums_and_rows_are_free_of_atomics(programs: Programs) -> None:
+    found = {
+        key: opcodes & {"ATOM", "ATOMG", "ATOMS", "RED", "REDG"}
+        for key, program in programs.items()
+        if key[0].startswith(("sums", "rows"))
+        and (opcodes := {instruction.opcode for instruction in program.instructions})
+    }
+    assert len(found) >= 30
+    assert not any(found.values())
+
+
+def test_no_lane_of_a_sum_waits_for_another(programs: Programs) -> None:
+    for (name, capability), program in programs.items():
+        if "segment_sum" in name:
+            walks = [loop for loop in sass.find_loops(program) if loop.counts["DADD"]]
+            assert len(walks) == 1, f"{name} sm_{capability}"
+            # A key that passed through shared memory would cost a barrier a row.
+            assert not walks[0].counts["BAR"], f"{name} sm_{capability}"
+
+
 def test_hopper_launcher_counts_shared_memory(examined: list[Examined]) -> None:
     from fastvq.kernels.triton.nearest_code_hopper import TILINGS
 
