@@ -93,6 +93,7 @@ def _nearest_code_cases() -> Iterator[Case]:
             search = Search(
                 products=tiles.width(channels),
                 warp_pairs=tiles.block_n * tiles.block_k * (1 + tiles.paired) // tiles.warps,
+                chunks=-(-tiles.width(channels) // tiles.chunk),
                 tcgen05_products=min(128, tiles.block_n) * tiles.block_k * 16 // tiles.warps,
             )
             model = Model(channels, tiles.block_n // tiles.warps, tiles.group)
