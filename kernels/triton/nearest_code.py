@@ -41,7 +41,7 @@ SUM_PARTS = 32
 ROW_CHUNK = 64
 CERTIFY_ELEMENTS = 4096
 RESOLVE_ROWS = 64
-RESOLVE_CODES = 64
+RESOLVE_CODES = 32
 RESOLVE_WARPS = 8
 RESOLVE_CHUNK = 64
 # The fast pass gets at least this many programs where there are tiles of codes to share out.
@@ -320,6 +320,7 @@ def _resolve(
         BLOCK_K=RESOLVE_CODES,
         INTERPRETED=interpreted,
         num_warps=RESOLVE_WARPS,
+        num_stages=2,
     )
 
 
