@@ -35,14 +35,15 @@ from .nearest_code_search import nearest_code_round_rows_kernel, nearest_code_se
 from .nearest_code_tiles import Tiles, choose_tiles
 
 # Elements of a codebook's block in the kernels that prepare it, and how many programs sum it.
-CODE_ELEMENTS = 4096
+CODE_ELEMENTS = 2048
 SUM_PARTS = 32
 # Channels at a time in the kernels that re-read rows.
 ROW_CHUNK = 64
-CERTIFY_ELEMENTS = 8192
+CERTIFY_ELEMENTS = 4096
 RESOLVE_ROWS = 64
 RESOLVE_CODES = 64
-RESOLVE_CHUNK = 128
+RESOLVE_WARPS = 8
+RESOLVE_CHUNK = 64
 # The fast pass gets at least this many programs where there are tiles of codes to share out.
 LEAST_PROGRAMS = 128
 # CUDA's limit on the second and third dimension of a grid.
@@ -219,7 +220,7 @@ def _search(x: Tensor, codes: _Codes, tiles: Tiles, l2: bool) -> _Slots:
         WIDTH=codes.width,
         CHUNK=chunk,
         TERMS=tiles.terms,
-        CENTER=l2,
+        L2=l2,
         BLOCK_N=tiles.block_n,
         BLOCK_K=tiles.block_k,
         GROUP=tiles.group,
@@ -245,7 +246,7 @@ def _round_rows(x: Tensor, codes: _Codes, tiles: Tiles, l2: bool) -> tuple[Tenso
         D=D,
         WIDTH=codes.width,
         TERMS=tiles.terms,
-        CENTER=l2,
+        L2=l2,
         BLOCK_N=rows,
     )
     return operand, ratio
@@ -302,19 +303,23 @@ def _resolve(
         programs = triton.cdiv(2 * processors, heads)
     programs = min(programs, triton.cdiv(N, RESOLVE_ROWS))
     lists = (heads * programs * RESOLVE_ROWS, RESOLVE_CODES)
+    chunk = min(RESOLVE_CHUNK, codes.channels)
+    wide = programs * heads * RESOLVE_ROWS * 2 * codes.channels if chunk < codes.channels else 0
     nearest_code_resolve_kernel[(programs, heads)](
         *(x, codebook, codes.high, codes.low, codes.resolver, codes.center, codes.record),
         *(queue, codes.queued),
         *(x.new_empty(lists, dtype=torch.int32), x.new_empty(lists, dtype=torch.float32)),
-        *(indices, distances, N, codes.padded, len(codebook), *x.stride(), *codebook.stride()),
+        *(x.new_empty(wide, dtype=torch.float16), indices, distances),
+        *(N, codes.padded, len(codebook), *x.stride(), *codebook.stride()),
         D=D,
         WIDTH=codes.channels,
-        CHUNK=min(RESOLVE_CHUNK, codes.channels),
+        CHUNK=chunk,
         L2=l2,
         DISTANCE=distances.numel() > 0,
         BLOCK_N=RESOLVE_ROWS,
         BLOCK_K=RESOLVE_CODES,
         INTERPRETED=interpreted,
+        num_warps=RESOLVE_WARPS,
     )
 
 

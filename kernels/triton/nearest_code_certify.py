@@ -15,9 +15,11 @@ from .nearest_code_rows import (
     EXPONENT,
     LENGTH,
     LOW_LENGTH,
+    LOWEST,
     NORM,
     RATIO_BOTTOM,
     RATIO_BOTTOM_COLUMNS,
+    RATIO_TOP,
     RECORD,
     RESIDUAL,
     load_rows,
@@ -95,14 +97,14 @@ def _merge_splits(
     winner_ptr, best_ptr, second_ptr, at, step, splits, row_mask, BLOCK_N: tl.constexpr
 ):
     """The best slot over all ranges of tiles, and the best score of every other slot."""
-    best = tl.full((BLOCK_N,), -3.0e38, tl.float32)
+    best = tl.full((BLOCK_N,), LOWEST, tl.float32)
     second = best
     winner = tl.zeros((BLOCK_N,), tl.int32)
     for split in tl.range(0, splits):
         here = at + split * step
-        top = tl.load(best_ptr + here, mask=row_mask, other=-3.0e38)
+        top = tl.load(best_ptr + here, mask=row_mask, other=LOWEST)
         slot = tl.load(winner_ptr + here, mask=row_mask, other=0)
-        others = tl.load(second_ptr + here, mask=row_mask, other=-3.0e38)
+        others = tl.load(second_ptr + here, mask=row_mask, other=LOWEST)
         second = tl.maximum(tl.maximum(second, others), tl.minimum(best, top))
         winner = tl.where(top > best, slot, winner)
         best = tl.maximum(best, top)
@@ -216,7 +218,7 @@ def nearest_code_certify_kernel(
         largest = tl.maximum(largest, tl.max(tl.abs(x), axis=1))
     largest = tl.where(overflowed > 0, 0.0, largest)
     codes_e = tl.load(record_ptr + EXPONENT)
-    row_e = row_exponent(largest, codes_e)
+    row_e = row_exponent(largest, codes_e, RATIO_TOP, L2)
     ratio = scale_ratio(row_e, codes_e, TERMS)
 
     codes = winner[:, None] + SLOTS * tl.arange(0, GROUP)[None, :]
@@ -248,7 +250,7 @@ def nearest_code_certify_kernel(
     top = tl.max(scores, axis=1)
     pick = tl.min(tl.where(scores == top[:, None], column, GROUP - 1), axis=1)
     index = tl.sum(tl.where(column == pick[:, None], codes, 0), axis=1)
-    neighbour = tl.max(tl.where(column == pick[:, None], -3.0e38, scores), axis=1)
+    neighbour = tl.max(tl.where(column == pick[:, None], LOWEST, scores), axis=1)
 
     none = (broken > 0) | (tl.load(record_ptr + ALIVE) == 0)
     index = tl.where(none, -1, index).to(tl.int64)

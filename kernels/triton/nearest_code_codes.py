@@ -30,7 +30,7 @@ DEAD_NORM = tl.constexpr(2.0**100)
 UPWARDS = tl.constexpr(1.0 + 2.0**-20)
 # The resolver's codes have scaled lengths in [8, 16), unless this far below the largest code.
 CODE_TOP = tl.constexpr(3)
-CODE_BOTTOM = tl.constexpr(-60)
+CODE_BOTTOM = tl.constexpr(-120)
 # Per code for the resolver: its scale over the codebook's, half its squared length (DEAD: none).
 RESOLVER_RECORD = tl.constexpr(2)
 DEAD = tl.constexpr(-1.0)

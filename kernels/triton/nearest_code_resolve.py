@@ -24,18 +24,21 @@ from .nearest_code_codes import RESOLVER_RECORD
 from .nearest_code_rows import (
     CENTER_LENGTH,
     EXPONENT,
+    LOWEST,
     RECORD,
-    ROW_TOP,
-    exponent,
     load_rows,
     not_finite,
     power_of_two,
+    row_exponent,
     scaled,
 )
 
-# The ratio of a row's scale to the codebook's; codes' own scales go from 2⁻⁶⁰ to 2⁵ of that.
-RATIO_TOP = tl.constexpr(41)
-RATIO_BOTTOM = tl.constexpr(-66)
+# The ratio of a row's scale to the codebook's; codes' own scales are 2⁻¹²⁰ to 2⁵ of that.
+RATIO_TOP = tl.constexpr(126)
+RATIO_BOTTOM = tl.constexpr(-100)
+# Of the product of both more than this is not needed: a code so much longer than the row only
+# falls further behind as it grows. Nor would its square fit into float32.
+SCALE_TOP = tl.constexpr(2.0**46)
 # Bounds on a scaled code: its length, that of its low piece and of what both pieces leave.
 CODE_LENGTH = tl.constexpr(16.0)
 CODE_LOW_LENGTH = tl.constexpr(2.0**-6)
@@ -136,6 +139,7 @@ def _settle(
     uppers_ptr,
     listed,
     lowest,
+    last,
     x_ptr,
     codebook_ptr,
     rows,
@@ -146,69 +150,37 @@ def _settle(
     D: tl.constexpr,
     L2: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """Let the listed codes that still reach the best one's interval compete in float64."""
-    for t in tl.range(0, tl.max(listed, axis=0)):
-        there = t < listed
-        code = tl.load(codes_ptr + t, mask=there, other=0)
-        upper = tl.load(uppers_ptr + t, mask=there, other=0.0)
-        alive = there & (upper >= lowest)
-        if tl.max(alive.to(tl.int32), axis=0) > 0:
+    """Let the listed codes that still reach the best one's interval compete in float64.
+
+    In the last turn a code that has no rival in its row wins without.
+    """
+    slots = tl.arange(0, BLOCK_K)[None, :]
+    there = slots < listed[:, None]
+    uppers = tl.load(uppers_ptr[:, None] + slots, mask=there, other=LOWEST)
+    kept = there & (uppers >= lowest[:, None])
+    rivals = tl.sum(kept.to(tl.int32), axis=1) + (best_index >= 0).to(tl.int32)
+    codes = tl.load(codes_ptr[:, None] + slots, mask=kept, other=-1)
+    alone = last & (rivals == 1) & (best_index < 0)
+    contested = tl.where(last & (rivals <= 1), 0, listed)
+    for t in tl.range(0, tl.max(contested, axis=0)):
+        upper = tl.load(uppers_ptr + t, mask=t < contested, other=LOWEST)
+        competes = (t < contested) & (upper >= lowest)
+        if tl.max(competes.to(tl.int32), axis=0) > 0:
+            code = tl.load(codes_ptr + t, mask=competes, other=0)
             score = _canonical_scores(
-                x_ptr,
-                codebook_ptr,
-                rows,
-                code,
-                alive,
-                stride_xn,
-                stride_xd,
-                stride_ck,
-                stride_cd,
-                D,
-                L2,
-                BLOCK_N,
-                INTERPRETED,
+                *(x_ptr, codebook_ptr, rows, code, competes, stride_xn, stride_xd),
+                *(stride_ck, stride_cd, D, L2, BLOCK_N, INTERPRETED),
             )
-            first = (best_index < 0) | (score < best_score)
+            nearer = (best_index < 0) | (score < best_score)
             tie = (score == best_score) & (code < best_index)
-            better = alive & (first | tie)
+            better = competes & (nearer | tie)
             best_score = tl.where(better, score, best_score)
             best_index = tl.where(better, code, best_index)
+    best_index = tl.where(alone, tl.max(codes, axis=1), best_index)
     return best_score, best_index
-
-
-@triton.jit
-def _row_pieces(
-    x_ptr,
-    center_ptr,
-    rows,
-    row_mask,
-    row_e,
-    overflowed,
-    start,
-    stride_xn,
-    stride_xd,
-    D: tl.constexpr,
-    CHUNK: tl.constexpr,
-    L2: tl.constexpr,
-):
-    """A chunk of the scaled rows: high and low fp16 pieces, and the chunk's part of three sizes."""
-    dims = start + tl.arange(0, CHUNK)
-    x, _ = load_rows(x_ptr, center_ptr, rows, row_mask, dims, dims < D, stride_xn, stride_xd, L2)
-    x = tl.where(overflowed[:, None] > 0, 0.0, scaled(x, row_e[:, None]))
-    high = x.to(tl.float16)
-    rest = x - high.to(tl.float32)
-    low = rest.to(tl.float16)
-    wide_low = low.to(tl.float32)
-    rest = rest - wide_low
-    return (
-        high,
-        low,
-        tl.sum(x * x, axis=1),
-        tl.sum(wide_low * wide_low, axis=1),
-        tl.sum(rest * rest, axis=1),
-    )
 
 
 @triton.jit
@@ -237,7 +209,53 @@ def _row_scales(
         overflowed = tl.maximum(overflowed, tl.max(not_finite(x), axis=1))
         largest = tl.maximum(largest, tl.max(tl.abs(x), axis=1))
     largest = tl.where(overflowed > 0, 0.0, largest)
-    return tl.minimum((-exponent(largest)) + ROW_TOP, codes_e + RATIO_TOP), overflowed
+    return row_exponent(largest, codes_e, RATIO_TOP, L2), overflowed
+
+
+@triton.jit
+def _row_pieces(
+    pieces_ptr,
+    x_ptr,
+    center_ptr,
+    rows,
+    row_mask,
+    row_e,
+    overflowed,
+    stride_xn,
+    stride_xd,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHUNK: tl.constexpr,
+    L2: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """The scaled rows in high and low fp16 pieces, and the squared lengths of row, low and rest.
+
+    Of several chunks the pieces are left in memory, in one chunk they are returned.
+    """
+    squared = tl.zeros((BLOCK_N,), tl.float32)
+    low_squared = squared
+    rest_squared = squared
+    high = tl.zeros((BLOCK_N, CHUNK), tl.float16)
+    low = high
+    for start in tl.range(0, WIDTH, CHUNK):
+        dims = start + tl.arange(0, CHUNK)
+        x, _ = load_rows(
+            x_ptr, center_ptr, rows, row_mask, dims, dims < D, stride_xn, stride_xd, L2
+        )
+        x = tl.where(overflowed[:, None] > 0, 0.0, scaled(x, row_e[:, None]))
+        high = x.to(tl.float16)
+        rest = x - high.to(tl.float32)
+        low = rest.to(tl.float16)
+        wide_low = low.to(tl.float32)
+        rest = rest - wide_low
+        squared += tl.sum(x * x, axis=1)
+        low_squared += tl.sum(wide_low * wide_low, axis=1)
+        rest_squared += tl.sum(rest * rest, axis=1)
+        if CHUNK < WIDTH:
+            tl.store(pieces_ptr + dims[None, :], high)
+            tl.store(pieces_ptr + WIDTH + dims[None, :], low)
+    return high, low, squared, low_squared, rest_squared
 
 
 @triton.jit
@@ -259,61 +277,63 @@ def _interval(
     inner = residual * CODE_LENGTH + (length + residual) * (CODE_RESIDUAL + D * 2.0**-25)
     inner += tl.sqrt(low_squared) * CODE_LOW_LENGTH
     inner += (length + residual) * ((D + WIDTH // 4 + 16) * CUT * 1.01 * CODE_LENGTH)
-    inner = tl.where(overflowed > 0, float("inf"), inner * MARGIN)
     outer = squared
     if L2 == 0:
         outer = length * (ratio * scaled(recorded(record_ptr, CENTER_LENGTH), codes_e))
-    return inner, outer * (2 * (D + 4) * DOUBLE_ROUNDOFF * MARGIN) + SLACK
+    outer = outer * (2 * (D + 4) * DOUBLE_ROUNDOFF * MARGIN) + SLACK
+    # Nothing is known of a row that overflowed: every code's interval is the whole line.
+    return inner * MARGIN, tl.where(overflowed > 0, float("inf"), outer)
 
 
 @triton.jit
-def _pair_scores(
+def _products(
     high_ptr,
     low_ptr,
-    x_ptr,
-    center_ptr,
-    rows,
-    row_mask,
-    row_e,
-    overflowed,
+    pieces_ptr,
     x_high,
     x_low,
     codes,
-    stride_xn,
-    stride_xd,
-    D: tl.constexpr,
     WIDTH: tl.constexpr,
     CHUNK: tl.constexpr,
-    L2: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """Products of the rows with a tile of codes, high·high apart from the two that are small."""
     large = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     small = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    at = codes[None, :].to(tl.int64) * WIDTH + tl.arange(0, CHUNK)[:, None]
     for start in tl.range(0, WIDTH, CHUNK):
         if CHUNK < WIDTH:
-            x_high, x_low, _, _, _ = _row_pieces(
-                x_ptr,
-                center_ptr,
-                rows,
-                row_mask,
-                row_e,
-                overflowed,
-                start,
-                stride_xn,
-                stride_xd,
-                D,
-                CHUNK,
-                L2,
-            )
-        at = codes[None, :].to(tl.int64) * WIDTH + (start + tl.arange(0, CHUNK))[:, None]
-        high = tl.load(high_ptr + at)
-        low = tl.load(low_ptr + at)
+            dims = start + tl.arange(0, CHUNK)[None, :]
+            x_high = tl.load(pieces_ptr + dims)
+            x_low = tl.load(pieces_ptr + WIDTH + dims)
+        high = tl.load(high_ptr + at + start)
+        low = tl.load(low_ptr + at + start)
         small = tl.dot(x_low, high, small)
         small = tl.dot(x_high, low, small)
         large = tl.dot(x_high, high, large)
     return large + small
+
+
+@triton.jit
+def _tile_intervals(products, inner, outer, ratio, resolver_ptr, codes, L2: tl.constexpr):
+    """Lower and upper ends of the scores of a tile; of dead codes, below everything."""
+    own = tl.load(resolver_ptr + codes * RESOLVER_RECORD)
+    norm = tl.load(resolver_ptr + codes * RESOLVER_RECORD + 1)
+    scale = ratio[:, None] * own[None, :]
+    lower = products - inner[:, None]
+    upper = products + inner[:, None]
+    if L2:
+        known = scale <= SCALE_TOP
+        scale = tl.minimum(scale, SCALE_TOP)
+        upper -= scale * (norm * (1.0 - NORM_ROUNDOFF))[None, :]
+        lower -= scale * (norm * (1.0 + NORM_ROUNDOFF))[None, :]
+        lower = tl.where(known, lower * scale - outer[:, None], LOWEST)
+    else:
+        lower = lower * scale - outer[:, None]
+    upper = upper * scale + outer[:, None]
+    alive = norm[None, :] >= 0.0
+    return tl.where(alive, lower, LOWEST), tl.where(alive, upper, LOWEST)
 
 
 @triton.jit
@@ -329,6 +349,7 @@ def nearest_code_resolve_kernel(
     queued_ptr,
     listed_codes_ptr,
     listed_uppers_ptr,
+    pieces_ptr,
     index_ptr,
     distance_ptr,
     N,
@@ -351,9 +372,9 @@ def nearest_code_resolve_kernel(
 ):
     """Index (and distance) of every queued row of a head.
 
-    A program owns every so-many-th block of BLOCK_N queued rows, and two lists of BLOCK_K entries
-    per row in memory that are its own. On chip: the rows' pieces, one tile of scores, the best
-    lower end of an interval per row. The length of the queue is read on the device.
+    A program owns every so-many-th block of BLOCK_N queued rows, and in memory two lists of
+    BLOCK_K entries per row (and wide rows' pieces). On chip: one tile of scores, the best lower
+    end of an interval per row. The length of the queue is read on the device.
     """
     head = tl.program_id(1).to(tl.int64)
     book = head % num_books
@@ -365,182 +386,79 @@ def nearest_code_resolve_kernel(
     center_ptr += book * D
     record_ptr += book * RECORD
     queue_ptr += head * N
-    lists = (head * tl.num_programs(0) + tl.program_id(0)) * BLOCK_N + tl.arange(0, BLOCK_N)
-    listed_codes_ptr += lists * BLOCK_K
-    listed_uppers_ptr += lists * BLOCK_K
+    own = (head * tl.num_programs(0) + tl.program_id(0)) * BLOCK_N + tl.arange(0, BLOCK_N)
+    listed_codes_ptr += own * BLOCK_K
+    listed_uppers_ptr += own * BLOCK_K
+    pieces = pieces_ptr + own[:, None] * (2 * WIDTH)
     codes_e = tl.load(record_ptr + EXPONENT)
     queued = tl.load(queued_ptr + head)
+    tiles = padded_codes // BLOCK_K
     for block in tl.range(tl.program_id(0), tl.cdiv(queued, BLOCK_N), tl.num_programs(0)):
         place = block * BLOCK_N + tl.arange(0, BLOCK_N)
         row_mask = place < queued
         rows = tl.load(queue_ptr + place, mask=row_mask, other=0).to(tl.int64)
         row_e, overflowed = _row_scales(
-            x_ptr,
-            center_ptr,
-            rows,
-            row_mask,
-            codes_e,
-            stride_xn,
-            stride_xd,
-            D,
-            WIDTH,
-            CHUNK,
-            L2,
-            BLOCK_N,
+            *(x_ptr, center_ptr, rows, row_mask, codes_e, stride_xn, stride_xd),
+            *(D, WIDTH, CHUNK, L2, BLOCK_N),
         )
-        ratio = power_of_two(tl.maximum(row_e - codes_e, RATIO_BOTTOM))
-        x_high = tl.zeros((BLOCK_N, CHUNK), tl.float16)
-        x_low = x_high
-        squared = tl.zeros((BLOCK_N,), tl.float32)
-        low_squared = squared
-        rest_squared = squared
-        for start in tl.static_range(0, WIDTH, CHUNK):
-            x_high, x_low, square, low_square, rest_square = _row_pieces(
-                x_ptr,
-                center_ptr,
-                rows,
-                row_mask,
-                row_e,
-                overflowed,
-                start,
-                stride_xn,
-                stride_xd,
-                D,
-                CHUNK,
-                L2,
-            )
-            squared += square
-            low_squared += low_square
-            rest_squared += rest_square
+        x_high, x_low, squared, low_squared, rest_squared = _row_pieces(
+            *(pieces, x_ptr, center_ptr, rows, row_mask, row_e, overflowed, stride_xn, stride_xd),
+            *(D, WIDTH, CHUNK, L2, BLOCK_N),
+        )
+        # What threads of this program write to memory, others of it read.
+        tl.debug_barrier()
+        ratio = power_of_two(tl.minimum(tl.maximum(row_e - codes_e, RATIO_BOTTOM), RATIO_TOP))
         inner, outer = _interval(
-            record_ptr,
-            codes_e,
-            ratio,
-            overflowed,
-            squared,
-            low_squared,
-            rest_squared,
-            D,
-            WIDTH,
-            L2,
+            *(record_ptr, codes_e, ratio, overflowed, squared, low_squared, rest_squared),
+            *(D, WIDTH, L2),
         )
 
-        lowest = tl.full((BLOCK_N,), -3.0e38, tl.float32)
+        lowest = tl.full((BLOCK_N,), LOWEST, tl.float32)
         listed = tl.zeros((BLOCK_N,), tl.int32)
         best_score = tl.zeros((BLOCK_N,), tl.float64)
         best_index = tl.full((BLOCK_N,), -1, tl.int32)
-        for tile in tl.range(0, padded_codes // BLOCK_K):
-            codes = tile * BLOCK_K + tl.arange(0, BLOCK_K)
-            score = _pair_scores(
-                high_ptr,
-                low_ptr,
-                x_ptr,
-                center_ptr,
-                rows,
-                row_mask,
-                row_e,
-                overflowed,
-                x_high,
-                x_low,
-                codes,
-                stride_xn,
-                stride_xd,
-                D,
-                WIDTH,
-                CHUNK,
-                L2,
-                BLOCK_N,
-                BLOCK_K,
+        # One turn more than there are tiles: in the last, the lists' last entries compete.
+        for tile in tl.range(0, tiles + 1, num_stages=1):
+            codes = tl.minimum(tile, tiles - 1) * BLOCK_K + tl.arange(0, BLOCK_K)
+            products = _products(
+                *(high_ptr, low_ptr, pieces, x_high, x_low, codes),
+                *(WIDTH, CHUNK, BLOCK_N, BLOCK_K),
             )
-            scale = ratio[:, None] * tl.load(resolver_ptr + codes * RESOLVER_RECORD)[None, :]
-            norm = tl.load(resolver_ptr + codes * RESOLVER_RECORD + 1)
-            alive = norm[None, :] >= 0.0
-            over = scale * (norm * (1.0 + NORM_ROUNDOFF))[None, :]
-            under = scale * (norm * (1.0 - NORM_ROUNDOFF))[None, :]
-            upper = scale * (score + inner[:, None] - under) + outer[:, None]
-            lower = scale * (score - inner[:, None] - over) - outer[:, None]
-            lower = tl.where(alive, lower, -3.0e38)
+            lower, upper = _tile_intervals(products, inner, outer, ratio, resolver_ptr, codes, L2)
             lowest = tl.maximum(lowest, tl.max(lower, axis=1))
-            reaches = (alive & row_mask[:, None] & (upper >= lowest[:, None])).to(tl.int32)
+            wanted = row_mask & (tile < tiles)
+            reaches = wanted[:, None] & (upper >= lowest[:, None]) & (upper > LOWEST)
+            reaches = reaches.to(tl.int32)
             new = tl.sum(reaches, axis=1)
-            if tl.max(new, axis=0) > 0:
-                if tl.max(listed + new, axis=0) > BLOCK_K:
-                    best_score, best_index = _settle(
-                        best_score,
-                        best_index,
-                        listed_codes_ptr,
-                        listed_uppers_ptr,
-                        listed,
+            if (tl.max(listed + new, axis=0) > BLOCK_K) | (tile == tiles):
+                best_score, best_index = _settle(
+                    *(best_score, best_index, listed_codes_ptr, listed_uppers_ptr, listed),
+                    *(
                         lowest,
+                        tile == tiles,
                         x_ptr,
                         codebook_ptr,
                         rows,
                         stride_xn,
                         stride_xd,
                         stride_ck,
-                        stride_cd,
-                        D,
-                        L2,
-                        BLOCK_N,
-                        INTERPRETED,
-                    )
-                    listed = tl.zeros((BLOCK_N,), tl.int32)
-                    # The lists are read by other threads than those that write them.
-                    tl.debug_barrier()
-                at = (listed[:, None] + tl.cumsum(reaches, axis=1) - 1).to(tl.int64)
-                tl.store(
-                    listed_codes_ptr[:, None] + at,
-                    tl.broadcast_to(codes[None, :], (BLOCK_N, BLOCK_K)),
-                    mask=reaches > 0,
+                    ),
+                    *(stride_cd, D, L2, BLOCK_N, BLOCK_K, INTERPRETED),
                 )
+                listed = tl.zeros((BLOCK_N,), tl.int32)
+                tl.debug_barrier()
+            if tl.max(new, axis=0) > 0:
+                at = (listed[:, None] + tl.cumsum(reaches, axis=1) - 1).to(tl.int64)
+                numbers = tl.broadcast_to(codes[None, :], (BLOCK_N, BLOCK_K))
+                tl.store(listed_codes_ptr[:, None] + at, numbers, mask=reaches > 0)
                 tl.store(listed_uppers_ptr[:, None] + at, upper, mask=reaches > 0)
                 tl.debug_barrier()
                 listed += new
 
-        slots = tl.arange(0, BLOCK_K)[None, :]
-        there = slots < listed[:, None]
-        kept_codes = tl.load(listed_codes_ptr[:, None] + slots, mask=there, other=0)
-        kept_uppers = tl.load(listed_uppers_ptr[:, None] + slots, mask=there, other=0.0)
-        kept = there & (kept_uppers >= lowest[:, None])
-        index = tl.max(tl.where(kept, kept_codes, -1), axis=1)
-        rivals = tl.sum(kept.to(tl.int32), axis=1) + (best_index >= 0).to(tl.int32)
-        if tl.max(rivals, axis=0) > 1:
-            best_score, best_index = _settle(
-                best_score,
-                best_index,
-                listed_codes_ptr,
-                listed_uppers_ptr,
-                tl.where(rivals > 1, listed, 0),
-                lowest,
-                x_ptr,
-                codebook_ptr,
-                rows,
-                stride_xn,
-                stride_xd,
-                stride_ck,
-                stride_cd,
-                D,
-                L2,
-                BLOCK_N,
-                INTERPRETED,
-            )
-        index = tl.where(best_index >= 0, best_index, index)
-        tl.debug_barrier()
-        tl.store(index_ptr + head * N + rows, index.to(tl.int64), mask=row_mask)
+        tl.store(index_ptr + head * N + rows, best_index.to(tl.int64), mask=row_mask)
         if DISTANCE:
             distance = winner_distance(
-                x_ptr,
-                codebook_ptr,
-                rows,
-                tl.maximum(index, 0),
-                row_mask,
-                stride_xn,
-                stride_xd,
-                stride_ck,
-                stride_cd,
-                D,
-                L2,
-                BLOCK_N,
-                CHUNK,
+                *(x_ptr, codebook_ptr, rows, tl.maximum(best_index, 0), row_mask),
+                *(stride_xn, stride_xd, stride_ck, stride_cd, D, L2, BLOCK_N, CHUNK),
             )
             tl.store(distance_ptr + head * N + rows, distance, mask=row_mask)

@@ -30,6 +30,8 @@ RATIO_BOTTOM_COLUMNS = tl.constexpr(-24)
 RATIO_BOTTOM = tl.constexpr(-60)
 # Padding's score, −2³⁰, in the column kept for it; no true score is below −2²⁸.
 PADDING = tl.constexpr(32768.0)
+# Below every score, and finite: the bits of −∞ with an id in them are a NaN.
+LOWEST = tl.constexpr(-3.0e38)
 
 
 @triton.jit
@@ -76,9 +78,15 @@ def load_rows(
 
 
 @triton.jit
-def row_exponent(largest, codes_exponent):
-    """Exponent of the scale of a row whose largest channel has this size."""
-    return tl.minimum((-exponent(largest)) + ROW_TOP, codes_exponent + RATIO_TOP)
+def row_exponent(largest, codes_exponent, HIGHEST: tl.constexpr, L2: tl.constexpr):
+    """Exponent of the scale of a row whose largest channel has this size.
+
+    Where norms take part it is at most 2^HIGHEST times the codes' scale.
+    """
+    e = (-exponent(largest)) + ROW_TOP
+    if L2:
+        e = tl.minimum(e, codes_exponent + HIGHEST)
+    return e
 
 
 @triton.jit

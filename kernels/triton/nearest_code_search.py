@@ -11,6 +11,8 @@ import triton.language as tl
 
 from .nearest_code_rows import (
     EXPONENT,
+    LOWEST,
+    RATIO_TOP,
     RECORD,
     load_rows,
     not_finite,
@@ -20,9 +22,6 @@ from .nearest_code_rows import (
     scale_ratio,
     scaled,
 )
-
-# Below every score, and finite: the bits of −∞ with an id in them are a NaN.
-LOWEST = tl.constexpr(-3.0e38)
 
 
 @triton.jit
@@ -127,16 +126,16 @@ def _rows_in_registers(
     D: tl.constexpr,
     WIDTH: tl.constexpr,
     TERMS: tl.constexpr,
-    CENTER: tl.constexpr,
+    L2: tl.constexpr,
 ):
     """A block of rows as the product's fp16 operand, and their ratio of scales."""
     columns = tl.arange(0, WIDTH)
     dims, held = operand_dims(columns, D, TERMS)
-    x, _ = load_rows(x_ptr, center_ptr, rows, row_mask, dims, held, stride_n, stride_d, CENTER)
+    x, _ = load_rows(x_ptr, center_ptr, rows, row_mask, dims, held, stride_n, stride_d, L2)
     # Rows that hold NaN or Inf, or overflowed when centred, go on as zeros; the certificate
     # knows them again.
     x = tl.where(tl.max(not_finite(x), axis=1)[:, None] > 0, 0.0, x)
-    e = row_exponent(tl.max(tl.abs(x), axis=1), codes_exponent)
+    e = row_exponent(tl.max(tl.abs(x), axis=1), codes_exponent, RATIO_TOP, L2)
     ratio = scale_ratio(e, codes_exponent, TERMS)
     return row_operand(scaled(x, e[:, None]), ratio, columns, D, TERMS), ratio
 
@@ -163,7 +162,7 @@ def nearest_code_search_kernel(
     WIDTH: tl.constexpr,
     CHUNK: tl.constexpr,
     TERMS: tl.constexpr,
-    CENTER: tl.constexpr,
+    L2: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
@@ -198,7 +197,7 @@ def nearest_code_search_kernel(
             D,
             WIDTH,
             TERMS,
-            CENTER,
+            L2,
         )
     else:
         # x_ptr: the rows as nearest_code_round_rows_kernel left them.
@@ -262,7 +261,7 @@ def nearest_code_round_rows_kernel(
     D: tl.constexpr,
     WIDTH: tl.constexpr,
     TERMS: tl.constexpr,
-    CENTER: tl.constexpr,
+    L2: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """Rows too wide to be held by a program of the search, rounded and scaled into memory.
@@ -284,7 +283,7 @@ def nearest_code_round_rows_kernel(
         D,
         WIDTH,
         TERMS,
-        CENTER,
+        L2,
     )
     out = head * N + rows
     at = operand_ptr + out[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
