@@ -56,17 +56,23 @@ void check_dtype(int dtype) {
         "_fastvq_C: dtype codes are 0 (float32), 1 (float16) and 2 (bfloat16).");
 }
 
-const fastvq::NearestCodeKernel& kernel_in_use() {
+fastvq::NearestCodeKernel kernel_in_use() {
   switch (fastvq::isa_in_use()) {
 #if defined(__x86_64__)
     case fastvq::Isa::kAmx:
-    case fastvq::Isa::kAvx512:
-      return fastvq::nearest_code_avx512;
+    case fastvq::Isa::kAvx512: {
+      const bool vnni = fastvq::machine_has_vnni();
+      return {vnni ? &fastvq::nearest_code_int8_vnni : nullptr,
+              vnni ? &fastvq::nearest_code_int16_vnni : nullptr,
+              &fastvq::nearest_code_avx512_float32, &fastvq::nearest_code_avx512_float64};
+    }
     case fastvq::Isa::kAvx2:
-      return fastvq::nearest_code_avx2;
+      return {nullptr, nullptr, &fastvq::nearest_code_avx2_float32,
+              &fastvq::nearest_code_avx2_float64};
 #endif
     default:
-      return fastvq::nearest_code_generic;
+      return {nullptr, nullptr, &fastvq::nearest_code_generic_float32,
+              &fastvq::nearest_code_generic_float64};
   }
 }
 
@@ -85,7 +91,7 @@ PyObject* nearest_code(PyObject*, PyObject* args) {
     check(metric == fastvq::kL2 || metric == fastvq::kDot,
           "_fastvq_C.nearest_code: metric codes are 0 (l2) and 1 (dot).");
     check(num_threads >= 1, "_fastvq_C.nearest_code: num_threads must be at least 1.");
-    const fastvq::NearestCodeKernel& kernel = kernel_in_use();
+    const fastvq::NearestCodeKernel kernel = kernel_in_use();
     {
       const WithoutPythonLock unlocked;
       fastvq::nearest_code(kernel, address<const void*>(x), x_dtype, address<const void*>(codebook),

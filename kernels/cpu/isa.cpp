@@ -77,6 +77,14 @@ std::vector<Isa> isa_available() {
   return found;
 }
 
+bool machine_has_vnni() {
+#if defined(__x86_64__)
+  return machine_has(Isa::kAvx512) && __builtin_cpu_supports("avx512vnni");
+#else
+  return false;
+#endif
+}
+
 Isa isa_in_use() {
   const std::vector<Isa> available = isa_available();
   Isa widest = available.back();

@@ -14,6 +14,9 @@ const char* isa_name(Isa isa);
 // Instruction sets that the processor has and the operating system lets programs use.
 std::vector<Isa> isa_available();
 
+// Whether AVX-512 has whole-number products here: VNNI, an extension within the level avx512.
+bool machine_has_vnni();
+
 // The widest kernel the machine and FASTVQ_CPU_ISA allow. Reads the variable at every call (hold
 // Python's lock: it guards os.environ). Throws std::runtime_error for a word it does not know and
 // for an instruction set the machine lacks.

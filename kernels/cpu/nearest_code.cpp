@@ -163,29 +163,104 @@ Codes keep_codes(const void* codebook, int dtype, int64_t K, int64_t D, int metr
   return codes;
 }
 
-// Runs one search over `count` rows (all of them, or those listed) in blocks taken by whichever
-// thread is free. Every row's answer is exact, so who takes it does not matter.
-void search_rows(const NearestCodeSearch& search, const NearestCodeProblem& problem,
-                 const int64_t* rows, int64_t count, int num_threads) {
-  const Memory panels = allocate(search.panel_bytes(problem));
-  search.pack(problem, panels.get());
-  const int64_t blocks = (count + kBlockRows - 1) / kBlockRows;
-  const double products = static_cast<double>(count) * static_cast<double>(problem.num_codes) *
-                          static_cast<double>(problem.D);
-  const int workers =
-      static_cast<int>(std::min<int64_t>(useful_threads(num_threads, products), blocks));
-  const size_t scratch_bytes = aligned(search.scratch_bytes(problem));
-  const Memory scratch = allocate(scratch_bytes * static_cast<size_t>(workers));
-  std::atomic<int64_t> next{0};
-  run_workers(workers, [&](int worker) {
-    const DefaultFloatingPoint environment;
-    char* own = static_cast<char*>(scratch.get()) + scratch_bytes * static_cast<size_t>(worker);
-    for (int64_t block = next++; block < blocks; block = next++) {
-      const int64_t first = block * kBlockRows;
-      const int64_t size = std::min(kBlockRows, count - first);
-      search.search(problem, panels.get(), rows ? rows + first : nullptr, first, size, own);
+// One search of the ladder, its codes packed at the first use.
+class Step {
+ public:
+  Step(const NearestCodeSearch& search, double pass) : search_(search), pass_(pass) {}
+
+  // What a pass costs per row, candidates aside: cycles, roughly.
+  double pass() const { return pass_; }
+
+  // Runs over `count` rows (those listed, or first_row … where rows is null) in blocks taken by
+  // whichever thread is free; every row's answer is exact, so who takes it does not matter.
+  // Returns how many places were looked into.
+  int64_t run(const NearestCodeProblem& problem, const int64_t* rows, int64_t first_row,
+              int64_t count, int num_threads) {
+    if (!panels_) {
+      panels_ = allocate(search_.panel_bytes(problem));
+      search_.pack(problem, panels_.get());
     }
-  });
+    const int64_t blocks = (count + kBlockRows - 1) / kBlockRows;
+    const int workers = static_cast<int>(
+        std::min<int64_t>(useful_threads(num_threads, pass_ * static_cast<double>(count)), blocks));
+    const size_t scratch_bytes = aligned(search_.scratch_bytes(problem));
+    const Memory scratch = allocate(scratch_bytes * static_cast<size_t>(workers));
+    std::atomic<int64_t> next{0}, places{0};
+    run_workers(workers, [&](int worker) {
+      const DefaultFloatingPoint environment;
+      char* own = static_cast<char*>(scratch.get()) + scratch_bytes * static_cast<size_t>(worker);
+      for (int64_t block = next++; block < blocks; block = next++) {
+        const int64_t first = block * kBlockRows;
+        const int64_t size = std::min(kBlockRows, count - first);
+        places += search_.search(problem, panels_.get(), rows ? rows + first : nullptr,
+                                 first_row + first, size, own);
+      }
+    });
+    return places;
+  }
+
+ private:
+  const NearestCodeSearch& search_;
+  double pass_;
+  Memory panels_;
+};
+
+std::vector<int64_t> hard_rows(const int64_t* indices, int64_t first, int64_t last) {
+  std::vector<int64_t> hard;
+  for (int64_t n = first; n < last; ++n) {
+    if (indices[n] == kHardRow) hard.push_back(n);
+  }
+  return hard;
+}
+
+// The searches of the kernel that can take the problem, coarsest first.
+std::vector<Step> ladder(const NearestCodeKernel& kernel, const NearestCodeProblem& problem) {
+  const double vectors = static_cast<double>(problem.num_codes) / 16;
+  const double D = static_cast<double>(problem.D);
+  std::vector<Step> steps;
+  const auto add = [&](const NearestCodeSearch* search, double cycles_per_vector) {
+    if (search == nullptr || search->search == nullptr || !search->fits(problem)) return;
+    steps.emplace_back(*search, vectors * (cycles_per_vector + 1.5));
+  };
+  add(kernel.int8, D / 4);
+  add(kernel.int16, D / 2);
+  add(kernel.float32, D);
+  add(kernel.float64, 2 * D);
+  return steps;
+}
+
+// Where to begin for data like the first block's: each step is tried on the rows the one before
+// left, until one is cheaper than the next alone. Leaves the block settled as far as it came.
+size_t first_step(std::vector<Step>& steps, const NearestCodeProblem& problem, int num_threads) {
+  // Cycles per place: 4 codes' scores in float32.
+  const double place = 4 * (static_cast<double>(padded_width(problem.D)) * 3 / 16 + 15);
+  std::vector<int64_t> rows(kBlockRows);
+  for (int64_t n = 0; n < kBlockRows; ++n) rows[static_cast<size_t>(n)] = n;
+  size_t at = 0;
+  for (; at + 1 < steps.size() && !rows.empty(); ++at) {
+    const double count = static_cast<double>(rows.size());
+    const auto places = static_cast<double>(
+        steps[at].run(problem, rows.data(), 0, static_cast<int64_t>(rows.size()), num_threads));
+    rows = hard_rows(problem.indices, 0, kBlockRows);
+    const double left = static_cast<double>(rows.size()) / count;
+    const double next = steps[at + 1].pass();
+    if (steps[at].pass() + place * places / count + left * next <= next) break;
+  }
+  return at;
+}
+
+void settle_all(const NearestCodeKernel& kernel, const NearestCodeProblem& problem, int64_t N,
+                int num_threads) {
+  std::vector<Step> steps = ladder(kernel, problem);
+  const bool try_first = N >= 4 * kBlockRows;
+  const int64_t tried = try_first ? kBlockRows : 0;
+  size_t at = try_first ? first_step(steps, problem, num_threads) : 0;
+  steps[at].run(problem, nullptr, tried, N - tried, num_threads);
+  for (++at; at < steps.size(); ++at) {
+    const std::vector<int64_t> hard = hard_rows(problem.indices, 0, N);
+    if (hard.empty()) return;
+    steps[at].run(problem, hard.data(), 0, static_cast<int64_t>(hard.size()), num_threads);
+  }
 }
 
 }  // namespace
@@ -217,13 +292,7 @@ void nearest_code(const NearestCodeKernel& kernel, const void* x, int x_dtype, c
   problem.max_norm = codes.max_norm;
   problem.indices = indices;
   problem.distance = distance;
-  search_rows(kernel.float32, problem, nullptr, N, num_threads);
-  std::vector<int64_t> hard;
-  for (int64_t n = 0; n < N; ++n) {
-    if (indices[n] == kHardRow) hard.push_back(n);
-  }
-  if (hard.empty()) return;
-  search_rows(kernel.float64, problem, hard.data(), static_cast<int64_t>(hard.size()), num_threads);
+  settle_all(kernel, problem, N, num_threads);
 }
 
 }  // namespace fastvq
