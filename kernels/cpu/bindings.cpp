@@ -79,9 +79,9 @@ fastvq::NearestCodeKernel kernel_in_use() {
 PyObject* nearest_code(PyObject*, PyObject* args) {
   unsigned long long x, codebook, indices, distance;
   long long N, K, D;
-  int x_dtype, codebook_dtype, metric, num_threads;
-  if (!PyArg_ParseTuple(args, "KiKiKKLLLii", &x, &x_dtype, &codebook, &codebook_dtype, &indices,
-                        &distance, &N, &K, &D, &metric, &num_threads)) {
+  int x_dtype, codebook_dtype, metric, num_threads, searches = fastvq::kAllSearches;
+  if (!PyArg_ParseTuple(args, "KiKiKKLLLii|i", &x, &x_dtype, &codebook, &codebook_dtype, &indices,
+                        &distance, &N, &K, &D, &metric, &num_threads, &searches)) {
     return nullptr;
   }
   return guarded([&]() -> PyObject* {
@@ -96,7 +96,7 @@ PyObject* nearest_code(PyObject*, PyObject* args) {
       const WithoutPythonLock unlocked;
       fastvq::nearest_code(kernel, address<const void*>(x), x_dtype, address<const void*>(codebook),
                            codebook_dtype, address<int64_t*>(indices), address<float*>(distance), N,
-                           K, D, metric, num_threads);
+                           K, D, metric, num_threads, searches);
     }
     Py_RETURN_NONE;
   });
@@ -148,10 +148,11 @@ PyObject* isa_in_use(PyObject*, PyObject*) {
 PyMethodDef methods[] = {
     {"nearest_code", nearest_code, METH_VARARGS,
      "nearest_code(x, x_dtype, codebook, codebook_dtype, indices, distance, N, K, D, metric, "
-     "num_threads)\n\n"
+     "num_threads, searches=7)\n\n"
      "Writes the exact nearest code of each row into indices (int64), and the winner's score into\n"
      "distance (float32; 0 for none). Tensors are addresses of contiguous memory; dtype codes:\n"
-     "0 float32, 1 float16, 2 bfloat16; metric: 0 l2, 1 dot. See kernels/cpu/nearest_code.h."},
+     "0 float32, 1 float16, 2 bfloat16; metric: 0 l2, 1 dot. searches, for tests: which coarse searches may be used,\n"
+     "1 int8 + 2 int16 + 4 float32. See kernels/cpu/nearest_code.h."},
     {"code_statistics", code_statistics, METH_VARARGS,
      "code_statistics(x, x_dtype, indices, counts, sums, N, K, D, num_threads)\n\n"
      "Writes the number of rows per code into counts (float32, (K,)) and their sums into sums\n"

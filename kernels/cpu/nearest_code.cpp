@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cfenv>
+#include <cstdio>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -196,6 +197,7 @@ class Step {
                                  first_row + first, size, own);
       }
     });
+    if (getenv("DBG")) fprintf(stderr, "pass %.0f rows %ld places/row %.2f\n", pass_, (long)count, (double)places/count);
     return places;
   }
 
@@ -214,7 +216,8 @@ std::vector<int64_t> hard_rows(const int64_t* indices, int64_t first, int64_t la
 }
 
 // The searches of the kernel that can take the problem, coarsest first.
-std::vector<Step> ladder(const NearestCodeKernel& kernel, const NearestCodeProblem& problem) {
+std::vector<Step> ladder(const NearestCodeKernel& kernel, const NearestCodeProblem& problem,
+                         int searches) {
   const double vectors = static_cast<double>(problem.num_codes) / 16;
   const double D = static_cast<double>(problem.D);
   std::vector<Step> steps;
@@ -222,9 +225,9 @@ std::vector<Step> ladder(const NearestCodeKernel& kernel, const NearestCodeProbl
     if (search == nullptr || search->search == nullptr || !search->fits(problem)) return;
     steps.emplace_back(*search, vectors * (cycles_per_vector + 1.5));
   };
-  add(kernel.int8, D / 4);
-  add(kernel.int16, D / 2);
-  add(kernel.float32, D);
+  if (searches & kInt8Search) add(kernel.int8, D / 4);
+  if (searches & kInt16Search) add(kernel.int16, D / 2);
+  if (searches & kFloat32Search) add(kernel.float32, D);
   add(kernel.float64, 2 * D);
   return steps;
 }
@@ -250,8 +253,8 @@ size_t first_step(std::vector<Step>& steps, const NearestCodeProblem& problem, i
 }
 
 void settle_all(const NearestCodeKernel& kernel, const NearestCodeProblem& problem, int64_t N,
-                int num_threads) {
-  std::vector<Step> steps = ladder(kernel, problem);
+                int num_threads, int searches) {
+  std::vector<Step> steps = ladder(kernel, problem, searches);
   const bool try_first = N >= 4 * kBlockRows;
   const int64_t tried = try_first ? kBlockRows : 0;
   size_t at = try_first ? first_step(steps, problem, num_threads) : 0;
@@ -267,7 +270,7 @@ void settle_all(const NearestCodeKernel& kernel, const NearestCodeProblem& probl
 
 void nearest_code(const NearestCodeKernel& kernel, const void* x, int x_dtype, const void* codebook,
                   int codebook_dtype, int64_t* indices, float* distance, int64_t N, int64_t K,
-                  int64_t D, int metric, int num_threads) {
+                  int64_t D, int metric, int num_threads, int searches) {
   if (N == 0) return;
   const DefaultFloatingPoint environment;
   const Codes codes = keep_codes(codebook, codebook_dtype, K, D, metric);
@@ -292,7 +295,7 @@ void nearest_code(const NearestCodeKernel& kernel, const void* x, int x_dtype, c
   problem.max_norm = codes.max_norm;
   problem.indices = indices;
   problem.distance = distance;
-  settle_all(kernel, problem, N, num_threads);
+  settle_all(kernel, problem, N, num_threads, searches);
 }
 
 }  // namespace fastvq

@@ -57,6 +57,9 @@ struct NearestCodeSearch {
                     int64_t first_row, int64_t count, void* scratch);
 };
 
+// Which of the searches below float64 a call may use: all of them, unless a test wants one.
+enum SearchMask : int { kInt8Search = 1, kInt16Search = 2, kFloat32Search = 4, kAllSearches = 7 };
+
 // The searches of one instruction set from the coarsest to the finest; null members are skipped.
 // float64 settles every row, the others leave some as kHardRow.
 struct NearestCodeKernel {
@@ -79,6 +82,6 @@ extern const NearestCodeSearch nearest_code_int8_vnni, nearest_code_int16_vnni;
 // x: (N, D), codebook: (K, D), contiguous. D is at least 1.
 void nearest_code(const NearestCodeKernel& kernel, const void* x, int x_dtype, const void* codebook,
                   int codebook_dtype, int64_t* indices, float* distance, int64_t N, int64_t K,
-                  int64_t D, int metric, int num_threads);
+                  int64_t D, int metric, int num_threads, int searches);
 
 }  // namespace fastvq

@@ -47,8 +47,8 @@ namespace fastvq {
 namespace {
 
 // Engine: Element (int8_t or int16_t), kTileRows, and
-//   score(panel, words, starts, factor, rows, row_words, slots, slot_stride)
-// which writes, for each of kTileRows rows, 16 slots: lane l holds the greatest S of codes l, 16+l,
+//   score(panel, words, starts, factors, rows, row_words, tiles, slots, slot_stride)
+// which writes, for each of tiles × kTileRows rows, 16 slots: lane l holds the greatest S of codes l, 16+l,
 // 32+l and 48+l of the panel (8 bits: S plus 128 Σ ŷ_d, the codes being stored with 128 added).
 template <class Engine>
 struct Quantized {
@@ -310,7 +310,7 @@ struct Quantized {
     int32_t sum[kTileBlock];                     // what S has on top: 128 Σ ŷ_d for 8 bits
     int32_t greatest[kTileBlock], threshold[kTileBlock];
     int32_t count[kTileBlock];  // entries, -1 for too many, or a RowKind below
-    float largest[kTileBlock];
+    float largest[kTileBlock], factors[kTileBlock];  // factors: b/a, per tile
     Size sizes[kTileBlock];
     int64_t kept[kTileBlock], listed[kTileBlock];
   };
@@ -419,14 +419,14 @@ struct Quantized {
 
   static void score_chunk(const Packed& q, const Chunk& chunk, int64_t count, Block& b) {
     const int64_t panel_size = q.words * kPanel * 4;
+    const int64_t tiles = (count + kTileRows - 1) / kTileRows;
+    for (int64_t t = 0; t < tiles; ++t) {
+      b.factors[t] = static_cast<float>(fmin(chunk.scale / b.scale[t * kTileRows], 0x1p100));
+    }
     for (int64_t panel = 0; panel < chunk.num_panels; ++panel) {
       const int64_t at = chunk.first_panel + panel;
-      for (int64_t i = 0; i < count; i += kTileRows) {
-        const float factor = static_cast<float>(fmin(chunk.scale / b.scale[i], 0x1p100));
-        Engine::score(q.panels + at * panel_size, q.words, q.starts + at * kPanel, factor,
-                      b.rows + i * b.row_words * kPerWord, b.row_words,
-                      b.slots + i * b.slot_stride + panel * kLanes, b.slot_stride);
-      }
+      Engine::score(q.panels + at * panel_size, q.words, q.starts + at * kPanel, b.factors, b.rows,
+                    b.row_words, tiles, b.slots + panel * kLanes, b.slot_stride);
     }
   }
 
