@@ -310,9 +310,9 @@ struct Quantized {
     int32_t sum[kTileBlock];                     // what S has on top: 128 Σ ŷ_d for 8 bits
     int32_t greatest[kTileBlock], threshold[kTileBlock];
     int32_t count[kTileBlock];  // entries, -1 for too many, or a RowKind below
-    float largest[kTileBlock], factors[kTileBlock];  // factors: b/a, per tile
+    float factors[kTileBlock];  // b/a, per tile
     Size sizes[kTileBlock];
-    int64_t kept[kTileBlock], listed[kTileBlock];
+    int64_t kept[kTileBlock];
   };
   static constexpr int32_t kTooMany = -1, kBroken = -2;
   static constexpr int64_t kMaxWidth = 8192;
@@ -326,7 +326,7 @@ struct Quantized {
     const int64_t stride = (chunk_panels(p) + 1) * kLanes;
     int32_t* slots = memory.take<int32_t>(kTileBlock * stride);
     Entry* entries = memory.take<Entry>(kTileBlock * kMaxEntries);
-    float* scores = memory.take<float>(kMaxCandidates);
+    float* scores = memory.take<float>(kMaxCandidates + 4);
     if (b == nullptr) return nullptr;
     b->raw = raw;
     b->values = values;
@@ -352,18 +352,44 @@ struct Quantized {
     return true;
   }
 
-  // Ascending order of the rows' sizes: 96 numbers, nearly always a few places from their own.
+  // Places of the block in ascending order of size: a row's place is the number of smaller ones.
+  // The sizes' last 7 bits make way for the place, so that no two are equal.
   static void order_rows(Block& b, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) b.source[i] = i;
-    for (int64_t gap = 40; gap > 0; gap = gap == 40 ? 13 : gap == 13 ? 4 : gap == 4 ? 1 : 0) {
-      for (int64_t i = gap; i < count; ++i) {
-        const int64_t moved = b.source[i];
-        int64_t j = i;
-        for (; j >= gap && b.largest[b.source[j - gap]] > b.largest[moved]; j -= gap) {
-          b.source[j] = b.source[j - gap];
-        }
-        b.source[j] = moved;
+    int32_t keys[kTileBlock + kLanes];
+    for (int64_t i = 0; i < count; ++i) {
+      memcpy(&keys[i], &b.sizes[i].largest, sizeof keys[i]);
+      keys[i] = static_cast<int32_t>((static_cast<uint32_t>(keys[i]) & ~127u) |
+                                     static_cast<uint32_t>(i));
+    }
+    for (int64_t i = count; i < count + kLanes; ++i) keys[i] = INT32_MAX;
+    for (int64_t i = 0; i < count; ++i) {
+      const __m512i own = _mm512_set1_epi32(keys[i]);
+      int smaller = 0;
+      for (int64_t j = 0; j < count; j += kLanes) {
+        const __mmask16 less = _mm512_cmplt_epi32_mask(_mm512_loadu_si512(keys + j), own);
+        smaller += __builtin_popcount(less);
       }
+      b.source[smaller] = i;
+    }
+  }
+
+  // Row n of x as float32, zeros after its end.
+  static void load_row(const NearestCodeProblem& p, int64_t n, float* out) {
+    for (int64_t d = 0; d < p.D; d += kLanes) {
+      const int64_t left = p.D - d, at = n * p.D + d;
+      const __mmask16 mask = static_cast<__mmask16>(left < kLanes ? (1u << left) - 1 : 0xffffu);
+      const auto half = [&] {
+        return _mm256_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(p.x) + at);
+      };
+      __m512 value;
+      if (p.x_dtype == kFloat32) {
+        value = _mm512_maskz_loadu_ps(mask, static_cast<const float*>(p.x) + at);
+      } else if (p.x_dtype == kFloat16) {
+        value = _mm512_cvtph_ps(half());
+      } else {
+        value = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half()), 16));
+      }
+      _mm512_storeu_ps(out + d, value);
     }
   }
 
@@ -374,14 +400,13 @@ struct Quantized {
     static const float kZeros[kMaxWidth] = {};
     const float* center = p.metric == kL2 ? q.center : kZeros;
     for (int64_t i = 0; i < count; ++i) {
-      read_row(p, rows ? rows[i] : first_row + i, b.raw);
+      load_row(p, rows ? rows[i] : first_row + i, b.raw);
       float* value = b.values + i * width;
       b.sizes[i] = center_row(b.raw, center, exponent, width, value);
-      b.largest[i] = b.sizes[i].largest;
       b.kept[i] = 0;
       if (!(b.sizes[i].squares < 0x1p120f)) {
         b.kept[i] = all_finite(b.raw, p.D) ? kTooMany : kBroken;
-        b.largest[i] = 0.0f;
+        b.sizes[i] = {0.0f, 0.0f};
         memset(value, 0, static_cast<size_t>(width) * sizeof(float));
       }
     }
@@ -430,27 +455,41 @@ struct Quantized {
     }
   }
 
-  // E, ab, L and the threshold of every row for this chunk.
+  // E, ab, L and the threshold of every row for this chunk, 8 rows at a time.
   static void bound_chunk(const NearestCodeProblem& p, const Packed& q, const Chunk& chunk,
                           int64_t count, Block& b) {
     const bool l2 = p.metric == kL2;
-    const double D = static_cast<double>(p.D), C = chunk.longest, inf = static_cast<double>(INFINITY);
+    const double D = static_cast<double>(p.D), C = chunk.longest;
     const double of_norms = l2 ? 1.01 * (D + 12) * 0x1p-24 * C * C / 2 + D * 0x1p-126 : 0.0;
-    const double reach = q.longest + q.center_norm, delta = (D + 4) * 0x1p-53;
-    for (int64_t i = 0; i < count; ++i) {
-      const double y = b.norm[i], rho = b.residual[i], unit = b.scale[i] * chunk.scale;
-      const double slack =
-          1.0001 * (rho * C + (y + rho) * chunk.residual + 0.501 * unit + of_norms);
-      const double canonical = l2 ? 1.01 * delta * (y + C) * (y + C) : 2.02 * delta * y * reach;
-      const int32_t greatest = b.greatest[i] - b.sum[i];
-      const double lower =
-          greatest >= -(1 << 29) ? unit * static_cast<double>(greatest) - slack - canonical : -inf;
-      b.lower[i] = fmax(b.lower[i], lower);
-      const double least = floor((b.lower[i] - slack) / unit) - 1 + static_cast<double>(b.sum[i]);
-      b.slack[i] = slack;
-      b.unit[i] = unit;
-      b.threshold[i] =
-          static_cast<int32_t>(fmax(fmin(least, 2147483647.0), -2147483648.0));
+    const double delta = 1.01 * (D + 4) * 0x1p-53, reach = q.longest + q.center_norm;
+    const Doubles longest = Doubles::broadcast(C), safety = Doubles::broadcast(1.0001);
+    for (int64_t i = 0; i < count; i += Doubles::kLanes) {
+      const Doubles y = Doubles::load(b.norm + i), rho = Doubles::load(b.residual + i);
+      const Doubles unit = Doubles::mul(Doubles::load(b.scale + i), Doubles::broadcast(chunk.scale));
+      Doubles slack = Doubles::fma(unit, Doubles::broadcast(0.501), Doubles::broadcast(of_norms));
+      slack = Doubles::fma(rho, longest, slack);
+      slack = Doubles::fma(Doubles::add(y, rho), Doubles::broadcast(chunk.residual), slack);
+      slack = Doubles::mul(slack, safety);
+      const Doubles far = Doubles::add(y, longest);
+      const Doubles canonical = l2 ? Doubles::mul(Doubles::mul(far, far), Doubles::broadcast(delta))
+                                   : Doubles::mul(y, Doubles::broadcast(2 * delta * reach));
+      const __m256i sum = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b.sum + i));
+      const __m256i greatest =
+          _mm256_sub_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(b.greatest + i)), sum);
+      const __mmask8 counts = _mm256_cmpge_epi32_mask(greatest, _mm256_set1_epi32(-(1 << 29)));
+      Doubles below = Doubles::mul(unit, {_mm512_cvtepi32_pd(greatest)});
+      below = Doubles::sub(Doubles::sub(below, slack), canonical);
+      const __m512d lower = _mm512_loadu_pd(b.lower + i);
+      const Doubles raised = {_mm512_mask_max_pd(lower, counts, lower, below.v)};
+      __m512d least = _mm512_div_pd(Doubles::sub(raised, slack).v, unit.v);
+      least = _mm512_sub_pd(_mm512_floor_pd(least), _mm512_set1_pd(1.0));
+      least = _mm512_add_pd(least, _mm512_cvtepi32_pd(sum));
+      least = _mm512_max_pd(_mm512_min_pd(least, _mm512_set1_pd(2147483647.0)),
+                            _mm512_set1_pd(-2147483648.0));
+      raised.store(b.lower + i);
+      slack.store(b.slack + i);
+      unit.store(b.unit + i);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(b.threshold + i), _mm512_cvtpd_epi32(least));
     }
   }
 
@@ -524,7 +563,7 @@ struct Quantized {
         if (k >= 0) found[count++] = k;
       }
     }
-    read_row(p, b.source[i], b.raw);
+    load_row(p, b.source[i], b.raw);
     // Canonical scores cost about as much as 1/32 of the codes would in another search.
     const int64_t limit = p.num_codes / 32 < 32 ? 32 : p.num_codes / 32;
     const double reach =

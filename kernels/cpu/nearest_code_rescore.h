@@ -136,21 +136,26 @@ inline void write_distances(const NearestCodeProblem& p, const int64_t* rows, co
   }
 }
 
-// One row's score of one code in float32, along the row.
+// One row's scores of four codes in float32, along the row.
 template <class Vec>
-inline float direct_score(const float* x, const float* code, int64_t width, int metric) {
-  Vec sum = Vec::broadcast(0.0f);
-  if (metric == kL2) {
-    for (int64_t d = 0; d < width; d += Vec::kLanes) {
-      const Vec difference = Vec::sub(Vec::load(x + d), Vec::load(code + d));
-      sum = Vec::fma(difference, difference, sum);
-    }
-  } else {
-    for (int64_t d = 0; d < width; d += Vec::kLanes) {
-      sum = Vec::fma(Vec::load(x + d), Vec::load(code + d), sum);
+inline void direct_scores(const float* x, const float* const* codes, int64_t width, int metric,
+                          float* scores) {
+  Vec sums[4] = {Vec::broadcast(0.0f), Vec::broadcast(0.0f), Vec::broadcast(0.0f),
+                 Vec::broadcast(0.0f)};
+  for (int64_t d = 0; d < width; d += Vec::kLanes) {
+    const Vec element = Vec::load(x + d);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const Vec code = Vec::load(codes[i] + d);
+      if (metric == kL2) {
+        const Vec difference = Vec::sub(element, code);
+        sums[i] = Vec::fma(difference, difference, sums[i]);
+      } else {
+        sums[i] = Vec::fma(element, code, sums[i]);
+      }
     }
   }
-  return sum.reduce_add();
+  Vec::reduce_add4(sums, scores);
 }
 
 // The worst float32 score with which a candidate may still win, the best being `best` (see above);
@@ -174,17 +179,21 @@ inline bool may_win(float score, double threshold, int metric) {
 }
 
 // The winner among found[0 … count-1] (count ≥ 1), or kHardRow where more than `limit` of them are
-// too close for float32. `scores` has room for count numbers; found is overwritten.
+// too close for float32. `scores` has room for count + 3 numbers; found is overwritten.
 template <class Vec>
 inline int64_t settle_candidates(const NearestCodeProblem& p, const float* x, double reach,
                                  int64_t* found, int64_t count, int64_t limit, float* scores) {
   if (count == 1) return found[0];
   const int64_t width = padded_width(p.D);
   double best = p.metric == kL2 ? static_cast<double>(INFINITY) : -static_cast<double>(INFINITY);
-  for (int64_t i = 0; i < count; ++i) {
-    scores[i] = direct_score<Vec>(x, p.codes + found[i] * width, width, p.metric);
-    if (better(static_cast<double>(scores[i]), best, p.metric)) {
-      best = static_cast<double>(scores[i]);
+  for (int64_t i = 0; i < count; i += 4) {
+    const float* codes[4];
+    for (int64_t j = 0; j < 4; ++j) codes[j] = p.codes + found[i + j < count ? i + j : i] * width;
+    direct_scores<Vec>(x, codes, width, p.metric, scores + i);
+    for (int64_t j = i; j < i + 4; ++j) {
+      if (better(static_cast<double>(scores[j]), best, p.metric)) {
+        best = static_cast<double>(scores[j]);
+      }
     }
   }
   const double threshold = direct_threshold(best, reach, p.D, p.metric);
