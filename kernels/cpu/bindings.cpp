@@ -151,7 +151,8 @@ PyMethodDef methods[] = {
      "num_threads, searches=7)\n\n"
      "Writes the exact nearest code of each row into indices (int64), and the winner's score into\n"
      "distance (float32; 0 for none). Tensors are addresses of contiguous memory; dtype codes:\n"
-     "0 float32, 1 float16, 2 bfloat16; metric: 0 l2, 1 dot. searches, for tests: which coarse searches may be used,\n"
+     "0 float32, 1 float16, 2 bfloat16; metric: 0 l2, 1 dot. searches, for tests: which coarse "
+     "searches may be used,\n"
      "1 int8 + 2 int16 + 4 float32. See kernels/cpu/nearest_code.h."},
     {"code_statistics", code_statistics, METH_VARARGS,
      "code_statistics(x, x_dtype, indices, counts, sums, N, K, D, num_threads)\n\n"

@@ -6,7 +6,6 @@
 #include <algorithm>
 #include <atomic>
 #include <cfenv>
-#include <cstdio>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
@@ -197,7 +196,6 @@ class Step {
                                  first_row + first, size, own);
       }
     });
-    if (getenv("DBG")) fprintf(stderr, "pass %.0f rows %ld places/row %.2f\n", pass_, (long)count, (double)places/count);
     return places;
   }
 
@@ -239,17 +237,16 @@ size_t first_step(std::vector<Step>& steps, const NearestCodeProblem& problem, i
   const double place = 4 * (static_cast<double>(padded_width(problem.D)) * 3 / 16 + 15);
   std::vector<int64_t> rows(kBlockRows);
   for (int64_t n = 0; n < kBlockRows; ++n) rows[static_cast<size_t>(n)] = n;
-  size_t at = 0;
-  for (; at + 1 < steps.size() && !rows.empty(); ++at) {
+  for (size_t at = 0;; ++at) {
     const double count = static_cast<double>(rows.size());
     const auto places = static_cast<double>(
         steps[at].run(problem, rows.data(), 0, static_cast<int64_t>(rows.size()), num_threads));
+    if (at + 1 == steps.size()) return at;
     rows = hard_rows(problem.indices, 0, kBlockRows);
-    const double left = static_cast<double>(rows.size()) / count;
-    const double next = steps[at + 1].pass();
-    if (steps[at].pass() + place * places / count + left * next <= next) break;
+    const double left = static_cast<double>(rows.size()) / count, next = steps[at + 1].pass();
+    if (steps[at].pass() + place * places / count + left * next <= next) return at;
+    if (rows.empty()) return at + 1;
   }
-  return at;
 }
 
 void settle_all(const NearestCodeKernel& kernel, const NearestCodeProblem& problem, int64_t N,

@@ -48,8 +48,9 @@ namespace {
 
 // Engine: Element (int8_t or int16_t), kTileRows, and
 //   score(panel, words, starts, factors, rows, row_words, tiles, slots, slot_stride)
-// which writes, for each of tiles × kTileRows rows, 16 slots: lane l holds the greatest S of codes l, 16+l,
-// 32+l and 48+l of the panel (8 bits: S plus 128 Σ ŷ_d, the codes being stored with 128 added).
+// which writes, for each of tiles × kTileRows rows, 16 slots: lane l holds the greatest S of codes
+// l, 16+l, 32+l and 48+l of the panel (8 bits: S plus 128 Σ ŷ_d, the codes being stored with 128
+// added).
 template <class Engine>
 struct Quantized {
   using Element = typename Engine::Element;
@@ -58,7 +59,7 @@ struct Quantized {
   static constexpr int64_t kLanes = 16, kPanel = 64, kTileRows = Engine::kTileRows;
   static constexpr int64_t kTileBlock = (kBlockRows + kTileRows - 1) / kTileRows * kTileRows;
   static constexpr int64_t kMaxChunkPanels = 32;
-  static constexpr int64_t kMaxEntries = 256;     // slots remembered per row
+  static constexpr int64_t kMaxEntries = 256;      // slots remembered per row
   static constexpr int64_t kMaxCandidates = 1024;  // 4 codes per slot
   // Largest quantised value, and for 16 bits largest quantised length: (22000 + √D/2)² < 2^29.
   static constexpr float kLargest = kBytes ? 127.0f : 22000.0f;
@@ -243,9 +244,9 @@ struct Quantized {
         if (kBytes) word ^= 0x80808080u;  // 128 added to each
         memcpy(out + w * kPanel * 4, &word, sizeof word);
       }
-      q.starts[at] = k < 0              ? -INFINITY
+      q.starts[at] = k < 0             ? -INFINITY
                      : p.metric == kL2 ? -0.5f * (squares[k] * inverse) * inverse
-                                        : 0.0f;
+                                       : 0.0f;
     }
     chunk.scale = static_cast<double>(scale);
     chunk.residual = length_of(residual, p.D) + 0x1.02p-24 * chunk.longest + 0x1p-140;
@@ -296,12 +297,12 @@ struct Quantized {
   };
 
   struct Block {
-    float* raw;        // a row of x
-    float* values;     // y of each row, in the order of reading
-    Element* rows;     // ŷ, in the order of size
-    int32_t* slots;    // of one chunk: per row, 16 per panel
-    Entry* entries;    // kMaxEntries per row
-    float* scores;     // kMaxCandidates
+    float* raw;      // a row of x
+    float* values;   // y of each row, in the order of reading
+    Element* rows;   // ŷ, in the order of size
+    int32_t* slots;  // of one chunk: per row, 16 per panel
+    Entry* entries;  // kMaxEntries per row
+    float* scores;   // kMaxCandidates
     int64_t slot_stride, row_words, limit;
     // In the order of size:
     int64_t source[kTileBlock];  // place in the block; then row of x
@@ -358,8 +359,8 @@ struct Quantized {
     int32_t keys[kTileBlock + kLanes];
     for (int64_t i = 0; i < count; ++i) {
       memcpy(&keys[i], &b.sizes[i].largest, sizeof keys[i]);
-      keys[i] = static_cast<int32_t>((static_cast<uint32_t>(keys[i]) & ~127u) |
-                                     static_cast<uint32_t>(i));
+      keys[i] =
+          static_cast<int32_t>((static_cast<uint32_t>(keys[i]) & ~127u) | static_cast<uint32_t>(i));
     }
     for (int64_t i = count; i < count + kLanes; ++i) keys[i] = INT32_MAX;
     for (int64_t i = 0; i < count; ++i) {
@@ -425,8 +426,7 @@ struct Quantized {
       for (int64_t i = first; i < end; ++i) {
         const int64_t from = b.source[i];
         Element* out = b.rows + i * row_elements;
-        const float squares =
-            quantise_row(b.values + from * width, scale, width, out, &b.sum[i]);
+        const float squares = quantise_row(b.values + from * width, scale, width, out, &b.sum[i]);
         for (int64_t d = width; d < row_elements; ++d) out[d] = 0;
         b.sum[i] = kBytes ? 128 * b.sum[i] : 0;
         b.scale[i] = static_cast<double>(scale);
@@ -465,7 +465,8 @@ struct Quantized {
     const Doubles longest = Doubles::broadcast(C), safety = Doubles::broadcast(1.0001);
     for (int64_t i = 0; i < count; i += Doubles::kLanes) {
       const Doubles y = Doubles::load(b.norm + i), rho = Doubles::load(b.residual + i);
-      const Doubles unit = Doubles::mul(Doubles::load(b.scale + i), Doubles::broadcast(chunk.scale));
+      const Doubles unit =
+          Doubles::mul(Doubles::load(b.scale + i), Doubles::broadcast(chunk.scale));
       Doubles slack = Doubles::fma(unit, Doubles::broadcast(0.501), Doubles::broadcast(of_norms));
       slack = Doubles::fma(rho, longest, slack);
       slack = Doubles::fma(Doubles::add(y, rho), Doubles::broadcast(chunk.residual), slack);
@@ -474,8 +475,8 @@ struct Quantized {
       const Doubles canonical = l2 ? Doubles::mul(Doubles::mul(far, far), Doubles::broadcast(delta))
                                    : Doubles::mul(y, Doubles::broadcast(2 * delta * reach));
       const __m256i sum = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b.sum + i));
-      const __m256i greatest =
-          _mm256_sub_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(b.greatest + i)), sum);
+      const __m256i greatest = _mm256_sub_epi32(
+          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b.greatest + i)), sum);
       const __mmask8 counts = _mm256_cmpge_epi32_mask(greatest, _mm256_set1_epi32(-(1 << 29)));
       Doubles below = Doubles::mul(unit, {_mm512_cvtepi32_pd(greatest)});
       below = Doubles::sub(Doubles::sub(below, slack), canonical);
@@ -497,7 +498,9 @@ struct Quantized {
   static int32_t drop_entries(Entry* entries, int32_t count, double lower) {
     int32_t left = 0;
     for (int32_t e = 0; e < count; ++e) {
-      if (entries[e].above >= lower) entries[left++] = entries[e];
+      const bool stays = entries[e].above >= lower;
+      entries[left] = entries[e];
+      left += stays;
     }
     return left;
   }
@@ -506,7 +509,14 @@ struct Quantized {
     const int32_t* slots = b.slots + i * b.slot_stride;
     Entry* entries = b.entries + i * kMaxEntries;
     const __m512i least = _mm512_set1_epi32(b.threshold[i]);
+    // First the panels, without a branch for each: which one it is cannot be predicted.
+    uint32_t panels = 0;
     for (int64_t panel = 0; panel < chunk.num_panels; ++panel) {
+      const __m512i slot = _mm512_load_si512(slots + panel * kLanes);
+      panels |= static_cast<uint32_t>(_mm512_cmpge_epi32_mask(slot, least) != 0) << panel;
+    }
+    for (; panels != 0; panels &= panels - 1) {
+      const int64_t panel = __builtin_ctz(panels);
       const int32_t* slot = slots + panel * kLanes;
       uint32_t lanes = _mm512_cmpge_epi32_mask(_mm512_load_si512(slot), least);
       for (; lanes != 0; lanes &= lanes - 1) {
@@ -560,14 +570,16 @@ struct Quantized {
     for (int32_t e = 0; e < left; ++e) {
       for (int64_t v = 0; v < 4; ++v) {
         const int32_t k = q.order[entries[e].position + v * kLanes];
-        if (k >= 0) found[count++] = k;
+        found[count] = k;
+        count += k >= 0;
       }
     }
     load_row(p, b.source[i], b.raw);
     // Canonical scores cost about as much as 1/32 of the codes would in another search.
     const int64_t limit = p.num_codes / 32 < 32 ? 32 : p.num_codes / 32;
     const double reach =
-        p.metric == kL2 ? 0.0 : ldexp(1.01 * b.norm[i] * (q.longest + q.center_norm), -2 * q.exponent);
+        p.metric == kL2 ? 0.0
+                        : ldexp(1.01 * b.norm[i] * (q.longest + q.center_norm), -2 * q.exponent);
     return settle_candidates<Floats>(p, b.raw, reach, found, count, limit, b.scores);
   }
 

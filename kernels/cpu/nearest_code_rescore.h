@@ -158,48 +158,44 @@ inline void direct_scores(const float* x, const float* const* codes, int64_t wid
   Vec::reduce_add4(sums, scores);
 }
 
-// The worst float32 score with which a candidate may still win, the best being `best` (see above);
-// `reach` bounds |x|·max|c| (dot only).
-inline double direct_threshold(double best, double reach, int64_t D, int metric) {
+// The greatest cost (L2: ŝ, dot: -ŝ) with which a candidate may still win, `least` being the least
+// (see above); `reach` bounds |x|·max|c| (dot only).
+inline double direct_threshold(double least, double reach, int64_t D, int metric) {
   const double kappa = 1.01 * static_cast<double>(D + 3) * 0x1p-24;
   const double delta = static_cast<double>(D + 3) * 0x1p-53;
   const double alpha = static_cast<double>(D) * 0x1p-126;
   if (metric == kL2) {
-    return best < 0x1p120 ? best * (1 + 2.05 * kappa + 3 * delta) + 4 * alpha
-                          : static_cast<double>(INFINITY);
+    if (!(least < 0x1p120)) return static_cast<double>(INFINITY);
+    return least * (1 + 2.05 * kappa + 3 * delta) + 4 * alpha;
   }
-  return reach < 0x1p120 ? best - (2 * kappa + 4 * delta) * reach - 4 * alpha
-                         : -static_cast<double>(INFINITY);
-}
-
-inline bool may_win(float score, double threshold, int metric) {
-  const bool loses = metric == kL2 ? static_cast<double>(score) > threshold
-                                   : static_cast<double>(score) < threshold;
-  return !loses;  // NaN, from an overflow, stays
+  if (!(reach < 0x1p120)) return static_cast<double>(INFINITY);
+  return least + (2 * kappa + 4 * delta) * reach + 4 * alpha;
 }
 
 // The winner among found[0 … count-1] (count ≥ 1), or kHardRow where more than `limit` of them are
-// too close for float32. `scores` has room for count + 3 numbers; found is overwritten.
+// too close for float32. `costs` has room for count + 3 numbers; found is overwritten.
 template <class Vec>
 inline int64_t settle_candidates(const NearestCodeProblem& p, const float* x, double reach,
-                                 int64_t* found, int64_t count, int64_t limit, float* scores) {
+                                 int64_t* found, int64_t count, int64_t limit, float* costs) {
   if (count == 1) return found[0];
   const int64_t width = padded_width(p.D);
-  double best = p.metric == kL2 ? static_cast<double>(INFINITY) : -static_cast<double>(INFINITY);
+  const float sign = p.metric == kL2 ? 1.0f : -1.0f;
+  float least = INFINITY;
   for (int64_t i = 0; i < count; i += 4) {
     const float* codes[4];
     for (int64_t j = 0; j < 4; ++j) codes[j] = p.codes + found[i + j < count ? i + j : i] * width;
-    direct_scores<Vec>(x, codes, width, p.metric, scores + i);
+    direct_scores<Vec>(x, codes, width, p.metric, costs + i);
     for (int64_t j = i; j < i + 4; ++j) {
-      if (better(static_cast<double>(scores[j]), best, p.metric)) {
-        best = static_cast<double>(scores[j]);
-      }
+      costs[j] *= sign;
+      least = costs[j] < least ? costs[j] : least;
     }
   }
-  const double threshold = direct_threshold(best, reach, p.D, p.metric);
+  const double threshold = direct_threshold(static_cast<double>(least), reach, p.D, p.metric);
   int64_t left = 0;
   for (int64_t i = 0; i < count; ++i) {
-    if (may_win(scores[i], threshold, p.metric)) found[left++] = found[i];
+    const bool loses = static_cast<double>(costs[i]) > threshold;
+    found[left] = found[i];
+    left += !loses;  // NaN, from an overflow, stays
   }
   if (left == 1) return found[0];
   return left > limit ? kHardRow : best_of(p, x, found, left);

@@ -27,10 +27,10 @@ struct Floats {
   float reduce_add() const { return _mm512_reduce_add_ps(v); }
   // The four vectors' sums.
   static void reduce_add4(const Floats* of, float* sums) {
-    const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(of[0].v, of[1].v),
-                                    _mm512_unpackhi_ps(of[0].v, of[1].v));
-    const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(of[2].v, of[3].v),
-                                    _mm512_unpackhi_ps(of[2].v, of[3].v));
+    const __m512 ab =
+        _mm512_add_ps(_mm512_unpacklo_ps(of[0].v, of[1].v), _mm512_unpackhi_ps(of[0].v, of[1].v));
+    const __m512 cd =
+        _mm512_add_ps(_mm512_unpacklo_ps(of[2].v, of[3].v), _mm512_unpackhi_ps(of[2].v, of[3].v));
     const __m512d low = _mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
     const __m512d high = _mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd));
     const __m512 all = _mm512_add_ps(_mm512_castpd_ps(low), _mm512_castpd_ps(high));

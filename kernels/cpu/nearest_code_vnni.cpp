@@ -34,8 +34,7 @@ struct Vnni {
 
   // One tile of rows.
   static void score_tile(const char* panel, int64_t words, const float* starts, float factor,
-                         const char* rows, int64_t row_words, int32_t* slots,
-                         int64_t slot_stride) {
+                         const char* rows, int64_t row_words, int32_t* slots, int64_t slot_stride) {
     const __m512 scale = _mm512_set1_ps(factor), least = _mm512_set1_ps(-0x1p30f);
     __m512i sum[kTileRows][4];
 #pragma GCC unroll 4
