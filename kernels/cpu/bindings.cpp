@@ -60,6 +60,8 @@ fastvq::NearestCodeKernel kernel_in_use() {
   switch (fastvq::isa_in_use()) {
 #if defined(__x86_64__)
     case fastvq::Isa::kAmx:
+      return {&fastvq::nearest_code_int8_amx, &fastvq::nearest_code_int16_vnni,
+              &fastvq::nearest_code_avx512_float32, &fastvq::nearest_code_avx512_float64};
     case fastvq::Isa::kAvx512: {
       const bool vnni = fastvq::machine_has_vnni();
       return {vnni ? &fastvq::nearest_code_int8_vnni : nullptr,
@@ -162,8 +164,7 @@ PyMethodDef methods[] = {
      "Names of the instruction sets this machine has: generic, avx2, avx512, amx."},
     {"isa_in_use", isa_in_use, METH_NOARGS,
      "Name of the kernels the next call takes: the widest that the machine and the environment\n"
-     "variable FASTVQ_CPU_ISA, read at every call, allow. There is no AMX kernel: amx gives\n"
-     "avx512."},
+     "variable FASTVQ_CPU_ISA, read at every call, allow."},
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -6,7 +6,7 @@
 
 namespace fastvq {
 
-// In order of width. There is no AMX kernel: where it is allowed, the AVX-512 kernel runs.
+// In order of width. avx512 takes VNNI in where the processor has it; amx means 8-bit tiles.
 enum class Isa : int { kGeneric = 0, kAvx2 = 1, kAvx512 = 2, kAmx = 3 };
 
 const char* isa_name(Isa isa);

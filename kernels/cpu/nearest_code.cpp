@@ -219,14 +219,14 @@ std::vector<Step> ladder(const NearestCodeKernel& kernel, const NearestCodeProbl
   const double vectors = static_cast<double>(problem.num_codes) / 16;
   const double D = static_cast<double>(problem.D);
   std::vector<Step> steps;
-  const auto add = [&](const NearestCodeSearch* search, double cycles_per_vector) {
+  const auto add = [&](const NearestCodeSearch* search) {
     if (search == nullptr || search->search == nullptr || !search->fits(problem)) return;
-    steps.emplace_back(*search, vectors * (cycles_per_vector + 1.5));
+    steps.emplace_back(*search, vectors * (search->cycles * D + 1.5));
   };
-  if (searches & kInt8Search) add(kernel.int8, D / 4);
-  if (searches & kInt16Search) add(kernel.int16, D / 2);
-  if (searches & kFloat32Search) add(kernel.float32, D);
-  add(kernel.float64, 2 * D);
+  if (searches & kInt8Search) add(kernel.int8);
+  if (searches & kInt16Search) add(kernel.int16);
+  if (searches & kFloat32Search) add(kernel.float32);
+  add(kernel.float64);
   return steps;
 }
 

@@ -44,6 +44,8 @@ constexpr int64_t kBlockRows = 96;
 
 // One precision of the search in one instruction set.
 struct NearestCodeSearch {
+  // Cycles per channel and 16 codes of its products, roughly: for choosing between searches.
+  double cycles;
   // Whether it can take the problem at all.
   bool (*fits)(const NearestCodeProblem& problem);
   // Bytes of the packed codes, and of the scratch one search needs.
@@ -74,6 +76,7 @@ extern const NearestCodeSearch nearest_code_generic_float32, nearest_code_generi
 extern const NearestCodeSearch nearest_code_avx2_float32, nearest_code_avx2_float64;
 extern const NearestCodeSearch nearest_code_avx512_float32, nearest_code_avx512_float64;
 extern const NearestCodeSearch nearest_code_int8_vnni, nearest_code_int16_vnni;
+extern const NearestCodeSearch nearest_code_int8_amx;
 
 // indices[n] = argmin_k Σ_d (x[n,d] - c[k,d])²  (L2), argmax_k Σ_d x[n,d]·c[k,d]  (dot),
 // the score taken in float64, added in the order d = 0 … D-1, every product rounded before it is

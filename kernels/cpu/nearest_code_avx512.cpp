@@ -5,6 +5,6 @@
 #include "nearest_code_vec512.h"
 
 namespace fastvq {
-const NearestCodeSearch nearest_code_avx512_float32 = Search<Floats>::table();
-const NearestCodeSearch nearest_code_avx512_float64 = Search<Doubles>::table();
+const NearestCodeSearch nearest_code_avx512_float32 = Search<Floats>::table(1);
+const NearestCodeSearch nearest_code_avx512_float64 = Search<Doubles>::table(2);
 }  // namespace fastvq

@@ -612,8 +612,8 @@ struct Quantized {
     return p.D <= kMaxWidth && p.num_codes < (int64_t{1} << 31) - kPanel;
   }
 
-  static constexpr NearestCodeSearch table() {
-    return {fits, panel_bytes, scratch_bytes, pack, search};
+  static constexpr NearestCodeSearch table(double cycles) {
+    return {cycles, fits, panel_bytes, scratch_bytes, pack, search};
   }
 };
 

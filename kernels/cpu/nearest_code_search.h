@@ -373,8 +373,8 @@ struct Search {
 
   static bool fits(const NearestCodeProblem&) { return true; }
 
-  static constexpr NearestCodeSearch table() {
-    return {fits, panel_bytes, scratch_bytes, pack, search};
+  static constexpr NearestCodeSearch table(double cycles) {
+    return {cycles, fits, panel_bytes, scratch_bytes, pack, search};
   }
 };
 

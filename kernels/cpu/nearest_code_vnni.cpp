@@ -76,8 +76,8 @@ struct Vnni {
 
 }  // namespace
 
-const NearestCodeSearch nearest_code_int8_vnni = Quantized<Vnni<int8_t>>::table();
-const NearestCodeSearch nearest_code_int16_vnni = Quantized<Vnni<int16_t>>::table();
+const NearestCodeSearch nearest_code_int8_vnni = Quantized<Vnni<int8_t>>::table(0.25);
+const NearestCodeSearch nearest_code_int16_vnni = Quantized<Vnni<int16_t>>::table(0.5);
 }  // namespace fastvq
 #else
 namespace fastvq {
