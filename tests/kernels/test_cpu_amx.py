@@ -72,12 +72,12 @@ def check(amx: ctypes.CDLL, x: torch.Tensor, codebook: torch.Tensor, metric: str
     ("N", "K", "D"),
     [
         *((1, 1, 1), (7, 2, 3), (97, 65, 8), (193, 300, 16), (33, 129, 31), (50, 512, 64)),
-        *((20, 700, 100), (40, 1000, 256), (9, 260, 512), (17, 100, 1029)),
+        *((20, 700, 100), (40, 1000, 256), (9, 900, 512), (17, 400, 1029)),
     ],
 )
 def test_every_shape(amx: ctypes.CDLL, N: int, K: int, D: int, metric: str) -> None:
     left = check(amx, normal(N, D), normal(K, D, seed=1), metric)
-    assert left <= N // 4  # else float64 would have been tested
+    assert left <= N // 2  # else float64 would have been tested
 
 
 @pytest.mark.parametrize("metric", METRICS)
