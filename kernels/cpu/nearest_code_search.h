@@ -125,6 +125,7 @@ struct Search {
     T* maxima;                  // kTileBlock × num_groups vectors
     float* row;                 // one row of x; distance_floats(D)
     double slacks[kTileBlock];  // of step 2
+    T thresholds[kTileBlock];
     RowKind kinds[kTileBlock];
   };
 
@@ -303,35 +304,42 @@ struct Search {
     for (int64_t v = 0; v < kVectors; ++v) sum[v].store(scores + v * kLanes);
   }
 
-  // The canonical winner among all codes of the groups whose maximum reaches the threshold.
-  static int64_t best_of_groups(const NearestCodeProblem& p, const T* panels, const float* x,
-                                const T* maxima, T threshold) {
-    const int64_t group_codes = panels_per_group(p) * kPanel;
-    const Vec least = Vec::broadcast(threshold);
-    int64_t winner = -1;
-    double best = 0.0;
+  // The canonical winners of the rows left as kHardRow, among all codes of the groups whose maximum
+  // reaches the row's threshold. Panel by panel, so that each is read once for all rows.
+  static void settle_by_groups(const NearestCodeProblem& p, const T* panels, const int64_t* listed,
+                               int64_t count, int64_t* kept, Scratch& s) {
+    const int64_t group_codes = panels_per_group(p) * kPanel, stride = num_groups(p) * kLanes;
+    int64_t hard[kBlockRows], num_hard = 0;
+    double best[kBlockRows];
+    for (int64_t i = 0; i < count; ++i) {
+      if (kept[i] == kHardRow) hard[num_hard++] = i;
+    }
     T scores[kPanel];
-    for (int64_t first = 0; first < p.num_codes; first += kPanel) {
-      if (!Vec::at_least(Vec::load(maxima + first / group_codes * kLanes), least)) continue;
-      const T* panel = panels + first / kPanel * panel_stride(p.D);
-      canonical_panel(panel + (p.D + 1) * kPanel, x, p.D, p.metric, scores);
-      for (int64_t k = first; k < first + kPanel && k < p.num_codes; ++k) {
-        const double score = static_cast<double>(scores[k - first]);
-        if (winner < 0 || better(score, best, p.metric)) {
-          winner = k;
-          best = score;
+    for (int64_t first = 0; num_hard > 0 && first < p.num_codes; first += kPanel) {
+      const T* panel = panels + first / kPanel * panel_stride(p.D) + (p.D + 1) * kPanel;
+      for (int64_t h = 0; h < num_hard; ++h) {
+        const int64_t i = hard[h];
+        const T* maxima = s.maxima + i * stride + first / group_codes * kLanes;
+        if (!Vec::at_least(Vec::load(maxima), Vec::broadcast(s.thresholds[i]))) continue;
+        read_row(p, listed[i], s.row);
+        canonical_panel(panel, s.row, p.D, p.metric, scores);
+        for (int64_t k = first; k < first + kPanel && k < p.num_codes; ++k) {
+          const double score = static_cast<double>(scores[k - first]);
+          if (kept[i] < 0 || better(score, best[i], p.metric)) {
+            kept[i] = k;
+            best[i] = score;
+          }
         }
       }
     }
-    return winner;
   }
 
   // ---- one row, one block
   // -------------------------------------------------------------------------
 
-  // The kept code nearest to row i of the block (row n of x), or kHardRow.
-  static int64_t settle(const NearestCodeProblem& p, const T* panels, int64_t n, int64_t i,
-                        Scratch& s) {
+  // The kept code nearest to row i of the block (row n of x), or kHardRow where too many come into
+  // question.
+  static int64_t settle(const NearestCodeProblem& p, int64_t n, int64_t i, Scratch& s) {
     const int64_t stride = num_groups(p) * kLanes;
     const T* row = s.rows + i * padded_width(p.D);
     const T* maxima = s.maxima + i * stride;
@@ -343,10 +351,10 @@ struct Search {
     int64_t found[kMaxCandidates];
     const int count = candidates(p, row, maxima, threshold, found);
     if (count == 1) return found[0];
-    if (count < 1 && kIsFloat) return kHardRow;
+    s.thresholds[i] = threshold;
+    if (count < 1) return kHardRow;
     read_row(p, n, s.row);
-    return count < 1 ? best_of_groups(p, panels, s.row, maxima, threshold)
-                     : best_of(p, s.row, found, count);
+    return best_of(p, s.row, found, count);
   }
 
   static int64_t search(const NearestCodeProblem& p, const void* packed, const int64_t* rows,
@@ -364,7 +372,10 @@ struct Search {
     int64_t listed[kBlockRows], kept[kBlockRows];
     for (int64_t i = 0; i < count; ++i) {
       listed[i] = rows ? rows[i] : first_row + i;
-      kept[i] = s.kinds[i] == kNotFinite ? -1 : settle(p, panels, listed[i], i, s);
+      kept[i] = s.kinds[i] == kNotFinite ? -1 : settle(p, listed[i], i, s);
+    }
+    if (!kIsFloat) settle_by_groups(p, panels, listed, count, kept, s);
+    for (int64_t i = 0; i < count; ++i) {
       p.indices[listed[i]] = kept[i] >= 0 ? p.code_ids[kept[i]] : kept[i];
     }
     if (p.distance != nullptr) write_distances(p, listed, kept, count, s.row);
