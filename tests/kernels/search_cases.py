@@ -77,7 +77,7 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 def hostile(name: str, N: int, K: int, D: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Data on which a float32 search alone goes wrong."""
     x, codes = normal(N, D), normal(K, D, seed=1)
-    one = codes[:1]
+    one, at = codes[:1], torch.arange(N)
     far = codes.clone()
     far[K // 2] *= 1e8
     return {
@@ -96,14 +96,25 @@ def hostile(name: str, N: int, K: int, D: int) -> tuple[torch.Tensor, torch.Tens
             torch.full((N, D), 0.1) * (1 + x.round()[:, :1]),
             torch.stack([one[0, normal(D, seed=k).argsort()] for k in range(K)]),
         ),
-        "rows on codes": lambda: (codes[torch.arange(N) % K].contiguous(), codes),
-        "halfway between codes": lambda: ((codes[:N] + codes[1 : N + 1]) / 2, codes),
+        "rows on codes": lambda: (codes[at % K].contiguous(), codes),
+        "halfway between codes": lambda: ((codes[at % K] + codes[(at + 1) % K]) / 2, codes),
         "subnormal": lambda: (x * 1e-40, codes * 1e-40),
         "products underflow": lambda: (x * 1e-22, codes * 1e-22),
         "subnormal against ordinary": lambda: (x * 1e-40, codes),
         "squares overflow": lambda: (x * 1e25, codes * 1e25),
         "near the greatest float": lambda: (x.sign() * 3.4e38, codes.sign() * 3.4e38),
         "far code": lambda: (x, far),
+        "two clusters": lambda: (x, codes[torch.arange(K) % 2] + 1e-7 * codes),
+        "near copies": lambda: (x, codes[torch.arange(K) // 16] * (1 + 1e-7 * codes)),
+        "tiny rows, codes of one length": lambda: (
+            x * 1e-6,
+            torch.nn.functional.normalize(codes, dim=1),
+        ),
+        "mixed channels": lambda: (x * 10 ** normal(D), codes * 10 ** normal(D)),
+        "outlying elements": lambda: (
+            torch.where(normal(N, D, seed=2) > 2.5, 1e4 * x, x),
+            torch.where(normal(K, D, seed=3) > 2.5, 1e4 * codes, codes),
+        ),
         "every magnitude": lambda: (
             x * 10 ** (30 * normal(N, 1).tanh()),
             codes * 10 ** (30 * normal(K, D).tanh()),
@@ -123,5 +134,6 @@ HOSTILE = [
         "products underflow",
     ),
     *("subnormal against ordinary", "squares overflow", "near the greatest float", "far code"),
-    "every magnitude",
+    *("every magnitude", "two clusters", "near copies", "tiny rows, codes of one length"),
+    *("mixed channels", "outlying elements"),
 ]

@@ -15,7 +15,10 @@ import pytest
 import torch
 from kernels.search_cases import (
     DTYPES,
+    FLOAT32,
     HOSTILE,
+    INT8,
+    INT16,
     METRICS,
     check,
     hostile,
@@ -68,6 +71,71 @@ def test_every_16_bit_number_is_read_exactly(isa: str, dtype: torch.dtype) -> No
 def test_hostile_numbers(isa: str, name: str, metric: str) -> None:
     for N, K, D in [(100, 150, 8), (40, 300, 64), (60, 70, 3), (8, 9, 31)]:
         check(*hostile(name, N, K, D), metric)
+
+
+@pytest.fixture(params=[INT8, INT16, FLOAT32, 0], ids=["int8", "int16", "float32", "float64"])
+def search(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """One coarse search of the widest instruction set, with float64 for what it leaves."""
+    monkeypatch.delenv("FASTVQ_CPU_ISA", raising=False)
+    return int(request.param)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("D", [1, 3, 8, 16, 31, 64, 100, 256, 512, 1024])
+def test_each_search_on_every_width(search: int, D: int, metric: str) -> None:
+    # 97 and 400 rows: an unfinished tile, and enough rows that the first block is tried alone.
+    check(normal(97, D), normal(max(65, 8192 // D), D, seed=1), metric, search)
+    check(normal(400, D), normal(max(5, min(70, 8192 // D)), D, seed=1), metric, search)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("name", HOSTILE)
+def test_each_search_on_hostile_numbers(search: int, name: str, metric: str) -> None:
+    for N, K, D in [(400, 150, 8), (40, 300, 64), (60, 70, 3), (400, 420, 31)]:
+        check(*hostile(name, N, K, D), metric, search)
+
+
+@pytest.mark.parametrize("x_dtype", DTYPES)
+@pytest.mark.parametrize("codebook_dtype", DTYPES)
+def test_each_search_on_every_mix_of_dtypes(
+    search: int, x_dtype: torch.dtype, codebook_dtype: torch.dtype
+) -> None:
+    x, codebook = normal(150, 21).to(x_dtype), normal(70, 21, seed=1).to(codebook_dtype)
+    check(x, codebook, searches=search)
+    check(x, codebook, "dot", search)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_each_search_on_unaligned_rows_near_the_limit_of_16_bits(
+    search: int, dtype: torch.dtype
+) -> None:
+    limit = torch.finfo(dtype).max
+    x = torch.cat([torch.zeros(1), normal(150 * 21)]).tanh().mul(limit).to(dtype)[1:].view(150, 21)
+    codebook = normal(90, 21, seed=1).tanh().mul(limit).to(dtype)
+    assert x.data_ptr() % 4 != 0
+    check(x, codebook, searches=search)
+
+
+def test_each_search_on_many_codes(search: int) -> None:
+    check(normal(24, 8), normal(65536, 8, seed=1), searches=search)
+    check(normal(5, 64), normal(20000, 64, seed=1), searches=search)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_each_search_where_rows_and_codes_repeat(search: int, metric: str) -> None:
+    x, codebook = hostile("all codes tie", 700, 500, 12)
+    x[::2], codebook[::3] = -x[::2], 0.0  # zeros of either sign
+    check(x, codebook, metric, search)
+    x[::5, 0] = torch.nan
+    check(x, codebook.repeat(2, 1), metric, search)
+
+
+def test_each_search_agrees_between_thread_counts(search: int) -> None:
+    x, codebook = hostile("every magnitude", 3001, 260, 12)
+    expected = promised(x, codebook, "l2")
+    for threads in (1, 2, 3):
+        indices, _ = nearest_code(x, codebook, threads=threads, searches=search)
+        np.testing.assert_array_equal(indices.numpy(), expected)
 
 
 @pytest.mark.parametrize("metric", METRICS)
