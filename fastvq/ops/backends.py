@@ -5,6 +5,9 @@ One predicate, `why_not`, both selects and refuses, so the two can never disagre
 
 from __future__ import annotations
 
+import functools
+import importlib.metadata
+import os
 import warnings
 
 import torch
@@ -18,7 +21,7 @@ BACKENDS = ("triton", "cpp", "reference")
 # The kernels that exist, by backend, with the dtypes they read.
 _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _KERNELS: dict[str, frozenset[str]] = {
-    "triton": frozenset(),
+    "triton": frozenset({"nearest_code", "code_statistics"}),
     "cpp": frozenset({"nearest_code", "code_statistics"}),
 }
 # Ops assembled from another op's kernel and ordinary tensor arithmetic.
@@ -34,22 +37,58 @@ OPS = (
     "causal_conv1d",
 )
 _DEVICE = {"triton": "cuda", "cpp": "cpu"}
+_OLDEST_TRITON = (3, 6)
+# Ampere: the first with asynchronous copies and bfloat16.
+_OLDEST_CAPABILITY = (8, 0)
 _warned: set[str] = set()
 
 
-def why_not(backend: str, op: str, *tensors: Tensor) -> str | None:
-    """The reason `backend` cannot run `op` on these tensors; None if it can."""
+def why_not(backend: str, op: str, *tensors: Tensor, by_name: bool = False) -> str | None:
+    """The reason `backend` cannot run `op` on these tensors; None if it can.
+
+    `by_name`: the call names this backend. Only then may Triton's interpreter, which runs the
+    GPU's kernels on a CPU to check their values, serve.
+    """
     if backend == "reference":
         return None
     if _kernel_of(op) not in _KERNELS[backend]:
         return f"this version has no {backend} kernel for {op}"
+    interpreted = backend == "triton" and by_name and os.environ.get("TRITON_INTERPRET") == "1"
     for tensor in tensors:
-        if tensor.device.type != _DEVICE[backend]:
+        if tensor.device.type != ("cpu" if interpreted else _DEVICE[backend]):
             return f"it runs on {_DEVICE[backend]} tensors and one is on {tensor.device.type}"
         if tensor.is_floating_point() and tensor.dtype not in _KERNEL_DTYPES:
             return f"its kernels read float32, float16 and bfloat16, not {_name(tensor.dtype)}"
     if backend == "cpp" and CPU_EXTENSION is None:
         return _CPU_EXTENSION_MISSING
+    if backend == "triton":
+        return _triton_missing() or (None if interpreted else _gpu_too_old(*tensors))
+    return None
+
+
+@functools.cache
+def _triton_missing() -> str | None:
+    """Why there is no Triton to compile kernels with; read without importing it."""
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return "triton is not installed (`pip install triton`)"
+    oldest = ".".join(map(str, _OLDEST_TRITON))
+    if tuple(int(part) for part in version.split(".")[:2]) < _OLDEST_TRITON:
+        return f"its kernels need triton {oldest} or newer, and this is {version}"
+    return None
+
+
+def _gpu_too_old(*tensors: Tensor) -> str | None:
+    if torch.version.hip is not None:
+        return "its kernels are for NVIDIA GPUs, and this PyTorch is built for AMD's"
+    for tensor in tensors:
+        capability = torch.cuda.get_device_capability(tensor.device)
+        if capability < _OLDEST_CAPABILITY:
+            return (
+                f"its kernels need compute capability 8.0 or higher, and {tensor.device} has "
+                f"{capability[0]}.{capability[1]}"
+            )
     return None
 
 
@@ -65,7 +104,7 @@ def choose(op: str, backend: str | None, *tensors: Tensor) -> str:
             raise ValueError(
                 f"{op}: backend must be one of {', '.join(BACKENDS)} or None; got {backend!r}."
             )
-        reason = why_not(backend, op, *tensors)
+        reason = why_not(backend, op, *tensors, by_name=True)
         if reason is not None:
             raise RuntimeError(
                 f'{op}: backend="{backend}" cannot run: {reason}. '
@@ -81,11 +120,15 @@ def choose(op: str, backend: str | None, *tensors: Tensor) -> str:
 
 def _warn_of_fallback(op: str, *tensors: Tensor) -> None:
     """Say once why a kernel made for this device does not run."""
-    if torch.compiler.is_compiling() or _kernel_of(op) not in _KERNELS["cpp"]:
-        return
-    reason = why_not("cpp", op, *tensors)
     on_cpu = all(tensor.device.type == "cpu" for tensor in tensors)
-    meant_for_it = on_cpu and all(tensor.dtype != torch.float64 for tensor in tensors)
+    backend = "cpp" if on_cpu else "triton"
+    if torch.compiler.is_compiling() or _kernel_of(op) not in _KERNELS[backend]:
+        return
+    reason = why_not(backend, op, *tensors)
+    meant_for_it = all(
+        tensor.device.type == _DEVICE[backend] and tensor.dtype != torch.float64
+        for tensor in tensors
+    )
     if meant_for_it and reason is not None and reason not in _warned:
         _warned.add(reason)
         warnings.warn(
@@ -120,7 +163,7 @@ def explain(op: str, *tensors: Tensor, backend: str | None = None) -> str:
     lines = []
     answer = None
     for candidate in BACKENDS if backend is None else (backend,):
-        reason = why_not(candidate, op, *tensors)
+        reason = why_not(candidate, op, *tensors, by_name=backend is not None)
         lines.append(f"  {candidate}: {'can run' if reason is None else reason}")
         if reason is None and answer is None:
             answer = candidate

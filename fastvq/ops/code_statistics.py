@@ -34,7 +34,8 @@ def code_statistics(
         counts (K,) and sums (K, D), with the heads leading where `x` has them; float32
         (float64 if `x` is).
     Raises:
-        ValueError: shapes disagree or an index is out of range.
+        ValueError: shapes disagree or an index is out of range (the Triton kernels find that one
+            on the device: it stops them as it stops PyTorch's own indexing, and nothing waits).
         TypeError: not tensors, or not of the dtypes above.
         RuntimeError: the backend asked for cannot run this call.
     van den Oord et al. 2017, arXiv:1711.00937, appendix A.1, eq. 6–7.
@@ -44,7 +45,7 @@ def code_statistics(
     checks.check_positive_int(op, "num_codes", num_codes)
     _check_indices(indices, x)
     chosen = choose(op, backend, x)
-    if chosen != "cpp":
+    if chosen == "reference" or (chosen == "triton" and not indices.is_cuda):
         _check_range(indices, num_codes)
     if backend == "reference":
         return reference.code_statistics(x, indices, num_codes)
@@ -80,6 +81,18 @@ def segment_sums(x: Tensor, indices: Tensor, num_codes: int, backend: str) -> tu
     """Counts and sums by a backend that was already chosen; arguments already checked."""
     if backend == "reference":
         return reference.code_statistics(x, indices, num_codes)
+    if backend == "triton":
+        return _sums_triton(x, indices, num_codes)
+    return _sums_cpp(x, indices, num_codes)
+
+
+def _sums_triton(x: Tensor, indices: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
+    from fastvq.kernels.triton.code_statistics import code_statistics_forward
+
+    return code_statistics_forward(x, indices, num_codes)
+
+
+def _sums_cpp(x: Tensor, indices: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
     assert CPU_EXTENSION is not None
     x, indices = x.contiguous(), indices.contiguous()
     counts, sums = _empty_outputs(x, num_codes)

@@ -61,8 +61,9 @@ def nearest_code(
             any strides.
         codebook: (K, D), shared by the heads, or (heads, K, D); same device, any of the dtypes.
         metric: "l2" or "dot".
-        precision: "exact", or "fast", which may skip the check of close calls; the backends
-            of this version give the exact index under both.
+        precision: "exact", or "fast", which may skip the check of close calls: the code returned
+            has a distance within (8·2⁻¹¹ + 2⁻¹²)·(‖x‖ + C)·C + (D+4)·2⁻²²·(‖x‖ + C)² of the
+            least, C the largest ‖c‖ ("dot": half of it). Only "triton" skips it.
         backend: "triton", "cpp" or "reference"; None chooses (see `fastvq.ops.explain`).
         return_distance: also return the winner's distance.
     Returns:
@@ -81,12 +82,48 @@ def nearest_code(
     checks.check_choice(op, "metric", metric, METRICS)
     checks.check_choice(op, "precision", precision, ("exact", "fast"))
     chosen = choose(op, backend, x, codebook)
-    indices, distance = torch.ops.fastvq.nearest_code(x.detach(), codebook.detach(), metric, chosen)
+    indices, distance = torch.ops.fastvq.nearest_code(
+        x.detach(), codebook.detach(), metric, chosen, precision, return_distance
+    )
     return (indices, distance) if return_distance else indices
 
 
-def search(x: Tensor, codebook: Tensor, metric: str, backend: str) -> tuple[Tensor, Tensor]:
-    """Indices and distances by a backend that was already chosen; arguments already checked."""
+def search(
+    x: Tensor,
+    codebook: Tensor,
+    metric: str,
+    backend: str,
+    precision: str = "exact",
+    return_distance: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Indices and distances by a backend that was already chosen; arguments already checked.
+
+    Without `return_distance` the second is empty.
+    """
+    if backend == "triton":
+        return _search_triton(x, codebook, metric, precision, return_distance)
+    indices, distance = _search_cpu_or_reference(x, codebook, metric, backend)
+    return indices, distance if return_distance else distance.new_empty(0)
+
+
+def _search_triton(
+    x: Tensor, codebook: Tensor, metric: str, precision: str, return_distance: bool
+) -> tuple[Tensor, Tensor]:
+    from fastvq.kernels.triton.nearest_code import nearest_code_forward
+
+    indices, distance = nearest_code_forward(
+        x if x.dim() == 3 else x[None],
+        codebook if codebook.dim() == 3 else codebook[None],
+        metric=metric,
+        exact=precision == "exact",
+        distance=return_distance,
+    )
+    return indices.view(x.shape[:-1]), distance.view(x.shape[:-1]) if return_distance else distance
+
+
+def _search_cpu_or_reference(
+    x: Tensor, codebook: Tensor, metric: str, backend: str
+) -> tuple[Tensor, Tensor]:
     if backend == "reference":
         return reference.nearest_code(x, codebook, metric=metric)
     if x.dim() == 3:
@@ -114,16 +151,24 @@ def _search_cpp(x: Tensor, codebook: Tensor, metric: str) -> tuple[Tensor, Tenso
     return indices, distance
 
 
-def _empty_outputs(x: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
+def _empty_outputs(
+    x: Tensor, codebook: Tensor, return_distance: bool = True
+) -> tuple[Tensor, Tensor]:
     wide = torch.float64 in (x.dtype, codebook.dtype)
     return (
         x.new_empty(x.shape[:-1], dtype=torch.int64),
-        x.new_empty(x.shape[:-1], dtype=torch.float64 if wide else torch.float32),
+        x.new_empty(
+            x.shape[:-1] if return_distance else (0,),
+            dtype=torch.float64 if wide else torch.float32,
+        ),
     )
 
 
 register(
-    "nearest_code(Tensor x, Tensor codebook, str metric, str backend) -> (Tensor, Tensor)",
+    "nearest_code(Tensor x, Tensor codebook, str metric, str backend, "
+    'str precision="exact", bool return_distance=True) -> (Tensor, Tensor)',
     search,
-    lambda x, codebook, metric, backend: _empty_outputs(x, codebook),
+    lambda x, codebook, metric, backend, precision="exact", return_distance=True: _empty_outputs(
+        x, codebook, return_distance
+    ),
 )

@@ -65,6 +65,8 @@ def residual_quantize(
 def _forward(x: Tensor, codebooks: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     if backend == "cpp":
         return _forward_cpp(x, codebooks)
+    if backend == "triton":
+        return _forward_triton(x, codebooks)
     wide = torch.float64 if torch.float64 in (x.dtype, codebooks.dtype) else torch.float32
     residual = x.to(wide, copy=True)
     total = torch.zeros_like(residual)
@@ -103,6 +105,21 @@ def _empty_outputs(x: Tensor, codebooks: Tensor) -> tuple[Tensor, Tensor]:
         x.new_empty(x.shape, dtype=codebooks.dtype),
         x.new_empty((x.shape[0], codebooks.shape[0]), dtype=torch.int64),
     )
+
+
+def _forward_triton(x: Tensor, codebooks: Tensor) -> tuple[Tensor, Tensor]:
+    from fastvq.kernels.triton.residual_quantize import subtract_codes, sum_of_codes
+
+    # The one scratch of the input's size; the first level searches x itself.
+    residual = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+    indices = x.new_empty((len(codebooks), len(x)), dtype=torch.int64)
+    for level, book in enumerate(codebooks):
+        source = x if level == 0 else residual
+        found, _ = search(source, book, "l2", "triton", return_distance=False)
+        indices[level] = found
+        if level + 1 < len(codebooks):
+            subtract_codes(source, book, found, residual)
+    return sum_of_codes(codebooks, indices.T), indices.T.contiguous()
 
 
 class _ResidualQuantize(torch.autograd.Function):

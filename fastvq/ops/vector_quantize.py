@@ -105,6 +105,8 @@ def _forward(
     """quantized, indices and the squared distance, which is the value of both losses."""
     if backend == "cpp":
         return _forward_cpp(x, codebook, mask, metric)
+    if backend == "triton":
+        return _forward_triton(x, codebook, mask, metric)
     indices, distance = search(x, codebook, metric, backend)
     if metric != "l2":
         distance = _squared_distance(x, codebook, indices)
@@ -137,6 +139,15 @@ def _forward_cpp(
         torch.get_num_threads(),
     )
     return quantized, indices, distance
+
+
+def _forward_triton(
+    x: Tensor, codebook: Tensor, mask: Tensor | None, metric: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    from fastvq.kernels.triton.vector_quantize import vector_quantize_forward
+
+    found, _ = search(x, codebook, metric, "triton", return_distance=False)
+    return vector_quantize_forward(x, codebook, mask, found)
 
 
 def _coded_rows(x: Tensor, codebook: Tensor) -> tuple[int, ...]:
@@ -178,6 +189,12 @@ def _backward_x(
     """Gradient to x, of at least one of the two; rows without an index get none."""
     if backend == "cpp":
         return _backward_x_cpp(grad_quantized, grad_commitment, x, codebook, indices, gradient)
+    if backend == "triton":
+        from fastvq.kernels.triton.vector_quantize import vector_quantize_backward_x
+
+        return vector_quantize_backward_x(
+            grad_quantized, grad_commitment, x, codebook, indices, gradient
+        )
     rows, q = _rows_and_codes(x, codebook, indices)
     grad = torch.zeros_like(rows)
     if grad_quantized is not None:
@@ -231,6 +248,10 @@ def _backward_codebook(
     """Gradient to the codebook: summed over the rows that chose each code, in row order."""
     if backend == "cpp":
         return _backward_codebook_cpp(grad_codebook_loss, x, codebook, indices)
+    if backend == "triton":
+        from fastvq.kernels.triton.code_statistics import codebook_gradient
+
+        return codebook_gradient(grad_codebook_loss, x, codebook, indices)
     rows, q = _rows_and_codes(x, codebook, indices)
     pull = 2.0 * grad_codebook_loss[..., None] * (q - rows)
     pull = torch.where((indices >= 0)[..., None], pull, 0.0)

@@ -162,10 +162,10 @@ def test_explain_names_the_choice():
     x, codebook = torch.ones(2, 3), torch.ones(1, 3)
     text = ops.explain("nearest_code", x, codebook)
     assert text.splitlines()[0] == "nearest_code: cpp"
-    assert "this version has no triton kernel" in text
+    assert "triton: it runs on cuda tensors and one is on cpu" in text
     text = ops.explain("nearest_code", x.double(), codebook)
     assert text.splitlines()[0] == "nearest_code: reference"
-    refused = ops.explain("nearest_code", x, codebook, backend="triton")
+    refused = ops.explain("nearest_code", x.double(), codebook, backend="cpp")
     assert refused.splitlines()[0] == "nearest_code: refused"
     with pytest.raises(ValueError, match="op must be one of"):
         ops.explain("cdist", x)

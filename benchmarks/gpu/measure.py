@@ -1,0 +1,135 @@
+"""The measuring parts of a GPU run: `python -m benchmarks.gpu.measure search S1`.
+
+Every number is checked before it is timed: by the suites for the sizes S1 … S5, here for the rest.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import suites
+from benchmarks.timing import Timing, interleaved
+from fastvq import ops
+from fastvq.reference import nearest_code as reference
+
+from .parts import SIZES
+from .runner import write_result
+
+_SUITE = {"search": "nearest_code", "step": "vector_quantize", "sums": "code_statistics"}
+_SECONDS = 2.0
+
+
+def main() -> None:
+    what, *size = sys.argv[1:]
+    if what in _SUITE:
+        write_result({"cases": [_time_case(_SUITE[what], case) for case in _cases(what, size[0])]})
+    else:
+        write_result({"adversarial": adversarial, "hopper": hopper, "rates": rates}[what]())
+
+
+def _cases(what: str, size: str) -> list[dict[str, Any]]:
+    """The suite's cases of one size; the sums have one for each skew."""
+    wanted = SIZES[size].items()
+    return [case for case in suites.load(_SUITE[what]).CASES["cuda"] if wanted <= case.items()]
+
+
+def _time_case(suite: str, case: dict[str, Any]) -> dict[str, Any]:
+    context = suites.Context(device="cuda", seconds=_SECONDS)
+    prepared = suites.load(suite).prepare(case, context)
+    timings = interleaved(prepared.candidates, device="cuda", seconds=_SECONDS)
+    print(suites.table(suite, case, timings, prepared), flush=True)
+    return {
+        "case": case,
+        "unit": "ms",
+        "timings": _as_dicts(timings),
+        "notes": prepared.notes,
+        "absent": prepared.absent,
+    }
+
+
+def _as_dicts(timings: dict[str, Timing]) -> dict[str, dict[str, float]]:
+    return {name: timing._asdict() for name, timing in timings.items()}
+
+
+def adversarial() -> dict[str, Any]:
+    """The search on data made to defeat its bound, beside random data of that size."""
+    cases = []
+    for n, k, d in ((131072, 512, 64), (262144, 4096, 8), (16384, 8192, 256)):
+        data = _adversaries(n, k, d)
+        for name, (x, codebook) in data.items():
+            if not torch.equal(
+                ops.nearest_code(x, codebook), reference.nearest_code(x, codebook)[0]
+            ):
+                raise RuntimeError(f"the index of {name} is not exact at N={n} K={k} D={d}")
+        runs = {name: _search(*pair) for name, pair in data.items()}
+        timings = interleaved(runs, device="cuda", seconds=_SECONDS)
+        ratios = {name: timing.p50 / timings["random"].p50 for name, timing in timings.items()}
+        print(f"N={n} K={k} D={d}: times random data's: {ratios}", flush=True)
+        case = {"N": n, "K": k, "D": d}
+        cases.append({"case": case, "timings": _as_dicts(timings), "ratios": ratios})
+    return {"cases": cases, "unit": "ms"}
+
+
+def _search(x: Tensor, codebook: Tensor) -> Callable[[], object]:
+    return lambda: ops.nearest_code(x, codebook)
+
+
+def _adversaries(n: int, k: int, d: int) -> dict[str, tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(n, d, generator=generator).cuda()
+    codebook = torch.randn(k, d, generator=generator).cuda()
+    close = codebook[torch.arange(k) // 8 * 8] * (
+        1 + 2.0**-22 * torch.randn(k, 1, generator=generator).cuda()
+    )
+    scales = 10.0 ** torch.randint(-12, 13, (n, 1), generator=generator).cuda()
+    return {
+        "random": (x, codebook),
+        "near-duplicate codes": (x, close),
+        "collapsed codebook": (x, codebook[:1].expand(k, d).contiguous()),
+        "nearly collapsed codebook": (x, codebook[:1] + 1e-5 * codebook),
+        "offset 1e4": (x + 1e4, codebook + 1e4),
+        "rows of mixed magnitude": (x * scales, codebook),
+        "denormal": (x * 2.0**-140, codebook * 2.0**-140),
+        "near the limit of float32": (x * 2.0**124, codebook * 2.0**124),
+        "rows are codes": (codebook[torch.arange(n) % k], codebook),
+    }
+
+
+def hopper() -> dict[str, Any]:
+    """The opt-in kernels for Hopper beside the plain ones; equal indices, or no time."""
+    cases = []
+    for size, case in SIZES.items():
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(case["N"], case["D"], generator=generator).cuda()
+        codebook = torch.randn(case["K"], case["D"], generator=generator).cuda()
+        plain, opt_in = _with_hopper("0", x, codebook), _with_hopper("1", x, codebook)
+        if not torch.equal(plain(), opt_in()):
+            raise RuntimeError(f"{size}: the Hopper kernels' index differs from the plain kernel's")
+        timings = interleaved({"plain": plain, "hopper": opt_in}, device="cuda", seconds=_SECONDS)
+        print(f"{size}: {_as_dicts(timings)}", flush=True)
+        cases.append({"case": case, "timings": _as_dicts(timings)})
+    return {"cases": cases, "unit": "ms"}
+
+
+def _with_hopper(value: str, x: Tensor, codebook: Tensor) -> Callable[[], Tensor]:
+    def run() -> Tensor:
+        os.environ["FASTVQ_HOPPER_KERNELS"] = value
+        return ops.nearest_code(x, codebook)
+
+    return run
+
+
+def rates() -> dict[str, Any]:
+    from .instruction_rates import measure
+
+    return measure()
+
+
+if __name__ == "__main__":
+    main()

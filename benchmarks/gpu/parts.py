@@ -1,0 +1,57 @@
+"""The parts of a GPU run, in the order in which they matter if the time is short."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+
+from benchmarks.ops.nearest_code import CASES
+
+from .runner import Part
+
+_PYTHON = sys.executable
+_SANITIZERS = ("compute-sanitizer", "/usr/local/cuda/bin/compute-sanitizer")
+SIZES = {f"S{number}": case for number, case in enumerate(CASES["cuda"], start=1)}
+
+
+def all_parts() -> list[Part]:
+    """About eight minutes in all: the limits are for parts that hang, not what they take."""
+    return [
+        Part("tests", _pytest("tests/kernels/triton", "tests/cuda"), 150.0),
+        *(_measure(f"search-{size}", "search", size, limit=45.0) for size in SIZES),
+        *(_measure(f"step-{size}", "step", size, limit=45.0) for size in SIZES),
+        *(_measure(f"sums-{size}", "sums", size, limit=30.0) for size in SIZES),
+        _measure("adversarial", "adversarial", limit=60.0),
+        _sanitizer("memcheck"),
+        _sanitizer("racecheck"),
+        _hopper(),
+        _measure("instruction-rates", "rates", limit=30.0),
+    ]
+
+
+def _pytest(*folders: str) -> tuple[str, ...]:
+    there = [folder for folder in folders if Path(folder).exists()]
+    return (_PYTHON, "-m", "pytest", "-q", "-m", "cuda", *there)
+
+
+def _measure(name: str, *arguments: str, limit: float, absent: str | None = None) -> Part:
+    return Part(name, (_PYTHON, "-m", "benchmarks.gpu.measure", *arguments), limit, absent)
+
+
+def _sanitizer(tool: str) -> Part:
+    program = next(filter(None, map(shutil.which, _SANITIZERS)), None)
+    absent = None if program else "compute-sanitizer is not installed (it comes with CUDA)"
+    command = (str(program), "--tool", tool, "--error-exitcode", "9", "--target-processes", "all")
+    return Part(
+        f"sanitizer-{tool}", (*command, _PYTHON, "-m", "benchmarks.gpu.small"), 60.0, absent
+    )
+
+
+def _hopper() -> Part:
+    absent = None
+    if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9:
+        absent = "the device is no Hopper GPU"
+    return _measure("hopper-kernels", "hopper", limit=60.0, absent=absent)

@@ -1,0 +1,136 @@
+"""`python -m benchmarks.static`: what the compiler made of every shipped kernel, as a table."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import triton
+
+from benchmarks.static import hazards, sass
+from benchmarks.static.predict import H200_SIZES, predict
+from benchmarks.static.shipped import Examined, examine
+
+COLUMNS = {
+    "kernel": "kernel",
+    "sm": "sm",
+    "registers": "regs",
+    "blocks": "blk/SM",
+    "shared": "shared B",
+    "spills": "spill",
+    "hazards": "hazard",
+    "matrix": "matrix",
+    "products": "products",
+    "alu": "ALU/pair",
+    "fma": "FMA/pair",
+    "issued": "all/pair",
+    "overlap": "overlap",
+}
+
+
+def summarise(case: Examined) -> dict[str, Any]:
+    """One row of the table. Of several main loops (one per warpgroup) the dearest counts."""
+    program = sass.parse(case.code.sass)
+    row: dict[str, Any] = {
+        "kernel": case.name,
+        "sm": case.capability,
+        "registers": case.code.registers,
+        "blocks": sass.blocks_per_sm(case.code),
+        "shared": case.code.shared_bytes,
+        "spills": sass.count_spills(program),
+        "hazards": len(hazards.find_hazards(program)) + len(hazards.find_dummies(program)),
+    }
+    if case.search is None:
+        return row
+    loops = sass.find_main_loops(program)
+    costs = [sass.measure(loop, case.search) for loop in loops]
+    dearest = max(costs, key=lambda cost: cost.alu)
+    row["matrix"] = max(sass.count(loop.body, sass.MATRIX) for loop in loops)
+    row |= {
+        name: getattr(dearest, name) for name in ("products", "alu", "fma", "issued", "overlap")
+    }
+    row["us"] = predicted_times(case, program, loops, dearest)
+    return row
+
+
+def predicted_times(
+    case: Examined, program: sass.Program, loops: list[sass.Loop], cost: sass.LoopCost
+) -> dict[str, tuple[float, float]]:
+    """Predicted and least possible time in µs of the H200 sizes with these channels."""
+    search, model = case.search, case.model
+    if search is None or model is None or case.capability != 90:
+        return {}
+    outside = (len(program.instructions) - sum(len(loop.body) for loop in loops)) / len(loops)
+    times = {}
+    for size in H200_SIZES:
+        if size.channels == model.channels:
+            result = predict(
+                size, cost, search.products, outside / model.rows, model.group, model.hidden
+            )
+            times[size.name] = (result.total_us, result.floor_us)
+    return times
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as aligned text."""
+    lines = [list(COLUMNS.values())]
+    lines += [[_text(row.get(name)) for name in COLUMNS] for row in rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
+    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)) for line in lines]
+    for row in rows:
+        for size, (predicted, floor) in row.get("us", {}).items():
+            text.append(
+                f"{row['kernel']}, sm_{row['sm']}, {size}: {predicted:.0f} µs predicted on an "
+                f"H200, floor {floor:.0f} µs"
+            )
+    return "\n".join(text)
+
+
+def _text(value: Any) -> str:
+    return "–" if value is None else f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
+def other_version(site: str) -> dict[str, Any]:
+    """This command's JSON under the Triton of another folder of packages."""
+    path = os.pathsep.join([site, *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [sys.executable, "-m", "benchmarks.static", "--json"]
+    done = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": path}, stdout=subprocess.PIPE, check=True
+    )
+    return json.loads(done.stdout)
+
+
+def side_by_side(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
+    """Both versions' tables in one, a row of each after the other."""
+    found = {(row["kernel"], row["sm"]): row for row in theirs["rows"]}
+    rows = []
+    for row in ours["rows"]:
+        for version, one in ((ours, row), (theirs, found.get((row["kernel"], row["sm"])))):
+            if one is not None:
+                rows.append({**one, "kernel": f"{one['kernel']} ({version['triton']})"})
+    return table(rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.static", description=__doc__)
+    parser.add_argument("--triton", metavar="SITE", help="folder of another Triton, to compare")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
+    parser.add_argument("--workers", type=int, default=2, help="compilations at once")
+    arguments = parser.parse_args()
+    rows = [summarise(case) for case in examine(workers=arguments.workers)]
+    report = {"triton": triton.__version__, "rows": rows}
+    if arguments.json:
+        print(json.dumps(report))
+    elif arguments.triton:
+        print(side_by_side(report, other_version(arguments.triton)))
+    else:
+        print(f"Triton {triton.__version__}")
+        print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
