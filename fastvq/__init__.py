@@ -18,8 +18,9 @@ _NAMES = {
     "MaskedConv2d": "fastvq.nn",
     "VectorQuantize": "fastvq.nn",
     "kmeans": "fastvq.nn",
+    "replace_modules": "fastvq.compat",
 }
-_MODULES = ("models", "nn", "ops", "reference", "sampling")
+_MODULES = ("compat", "models", "nn", "ops", "reference", "sampling")
 
 __all__ = ["__version__", *_NAMES, *_MODULES]
 
