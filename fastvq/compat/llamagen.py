@@ -54,7 +54,7 @@ class VectorQuantizer(nn.Module):
         if self.l2_norm:
             rows, codes = F.normalize(rows, dim=-1), F.normalize(codes, dim=-1)
         out = quantize_rows(rows, codes)
-        usage = 0.0
+        usage: float = 0
         if self.show_usage and self.training:
             usage = self._usage(out.indices)
         vq = commitment = entropy = None

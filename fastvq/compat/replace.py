@@ -88,30 +88,24 @@ def replace_modules(model: nn.Module) -> list[ModuleReport]:
         raise TypeError(
             f"replace_modules: model must be a torch.nn.Module; got {type(model).__name__}."
         )
-    places: dict[nn.Module, list[tuple[nn.Module | None, str, str]]] = {model: [(None, "", "")]}
-    for parent_path, parent in model.named_modules(remove_duplicate=False):
-        for name, child in parent._modules.items():
-            if child is None:
-                continue
-            path = f"{parent_path}.{name}" if parent_path else name
-            places.setdefault(child, []).append((parent, name, path))
+    at_path = dict(model.named_modules(remove_duplicate=False))
+    paths: dict[nn.Module, list[str]] = {}
+    for path, module in at_path.items():
+        paths.setdefault(module, []).append(path)
     reports = {}
-    order = list(model.modules())
     for module in _children_first(model):
         kind, adapter, reason = _equivalent(module)
         if kind is None:
             continue
         if adapter is not None and module is model:
             adapter, reason = None, "it has no parent to hold a replacement; use equivalent()"
-        paths = [path for _, _, path in places[module]]
-        reports[module] = ModuleReport(
-            paths[0], tuple(paths[1:]), kind, adapter is not None, reason
-        )
+        first, *others = paths[module]
+        reports[module] = ModuleReport(first, tuple(others), kind, adapter is not None, reason)
         if adapter is not None:
-            for parent, name, _ in places[module]:
-                assert parent is not None
-                parent._modules[name] = adapter
-    return [reports[module] for module in order if module in reports]
+            for path in (first, *others):
+                parent, _, name = path.rpartition(".")
+                at_path[parent]._modules[name] = adapter
+    return [reports[module] for module in paths if module in reports]
 
 
 def _children_first(model: nn.Module) -> list[nn.Module]:

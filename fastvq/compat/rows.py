@@ -71,9 +71,10 @@ def moving_averages(
         fused = torch.cat([counts[:, None], sums], dim=1)  # one tensor, one collective
         dist.all_reduce(fused)
         counts, sums = fused[:, 0], fused[:, 1:]
-    kept = torch.where(counts.sum() > 0, decay, 1.0)
-    cluster_size.copy_(kept * cluster_size + (1.0 - kept) * counts)
-    embed_avg.copy_(kept * embed_avg + (1.0 - kept) * sums)
+    some = counts.sum() > 0
+    for average, new in ((cluster_size, counts), (embed_avg, sums)):
+        stepped = average.mul(decay).add(new, alpha=1.0 - decay)
+        average.copy_(torch.where(some, stepped, average))
     size = cluster_size.to(sums.dtype)
     total = size.sum()
     smoothed = total * (size + eps) / (total + len(size) * eps)
