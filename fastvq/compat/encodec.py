@@ -22,9 +22,9 @@ class EuclideanCodebook(nn.Module):
     """`EuclideanCodebook` of encodec: EMA codes of vectors in the last dimension.
 
     Started by k-means on the first batch, from rows drawn as there. There, codes expired in a step
-    are overwritten by the moving averages in the same step, so that expiry changes nothing but
-    the random state; here it is not done. With several processes, which there keep statistics
-    of their own, the statistics are summed over all and the start is process 0's.
+    are overwritten by the moving averages in the same step, so that expiry has no effect but to
+    advance the random state; here it does that alone. With several processes, which there keep
+    statistics of their own, the statistics are summed over all and the start is process 0's.
 
     State: inited (1,), cluster_size (K,), embed and embed_avg (K, D).
     """
@@ -52,6 +52,8 @@ class EuclideanCodebook(nn.Module):
         indices = self.quantize(rows)
         quantized = self.dequantize(indices).view(x.shape)
         if self.training:
+            if self.threshold_ema_dead_code > 0 and self._any_expired():
+                _draw_rows(rows, self.codebook_size)
             followed = moving_averages(
                 self.cluster_size,
                 self.embed_avg,
@@ -87,6 +89,9 @@ class EuclideanCodebook(nn.Module):
         """Indices (...) → code rows (..., D)."""
         return code_rows(self.embed, embed_ind)
 
+    def _any_expired(self) -> bool:
+        return bool((self.cluster_size < self.threshold_ema_dead_code).any())
+
     def started(self) -> bool:
         """Whether the codes have had their start."""
         self.known_inited = self.known_inited or bool(self.inited)
@@ -111,20 +116,25 @@ class EuclideanCodebook(nn.Module):
 def _kmeans(data: Tensor, num_codes: int, iterations: int) -> tuple[Tensor, Tensor]:
     """Lloyd's algorithm from rows drawn at random: centres (K, D), and counts (K,).
 
-    Rows are drawn with the global generator of their device; without replacement where there are
-    enough. A centre without rows stays where it is.
+    A centre without rows stays where it is.
     """
-    if len(data) >= num_codes:
-        drawn = torch.randperm(len(data), device=data.device)[:num_codes]
-    else:
-        drawn = torch.randint(0, len(data), (num_codes,), device=data.device)
-    centres = data[drawn]
+    centres = data[_draw_rows(data, num_codes)]
     counts = centres.new_zeros(num_codes)
     for _ in range(iterations):
         counts, sums = ops.code_statistics(data, ops.nearest_code(data, centres), num_codes)
         means = (sums / counts.clamp(min=1.0)[:, None]).to(data.dtype)
         centres = torch.where((counts > 0)[:, None], means, centres)
     return centres, counts
+
+
+def _draw_rows(data: Tensor, count: int) -> Tensor:
+    """Numbers of `count` random rows, by the global generator of their device.
+
+    Without replacement where there are enough.
+    """
+    if len(data) >= count:
+        return torch.randperm(len(data), device=data.device)[:count]
+    return torch.randint(0, len(data), (count,), device=data.device)
 
 
 class ResidualVectorQuantization(nn.Module):

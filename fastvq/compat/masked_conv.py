@@ -101,6 +101,15 @@ def _probe(host: nn.Conv2d) -> tuple[Tensor]:
     return (torch.randn(1, host.in_channels, height, width + 1, dtype=torch.float64),)
 
 
+def _blank_masked_taps(module: nn.Conv2d) -> None:
+    """Make what lies under the mask, which may hold anything, zero; in the gradient too."""
+    mask = find_mask(module)
+    assert mask is not None
+    module.weight.mul_(mask)
+    if module.weight.requires_grad:
+        module.weight.register_hook(lambda grad: grad * mask)
+
+
 # Not in the registry of classes: it is recognised by the mask it holds, whatever its class.
 HOST = Host(
     library="masked convolution",
@@ -111,5 +120,5 @@ HOST = Host(
     bypassed=(),
     adapt=_adapt,
     probe=_probe,
-    fill=lambda host: None,
+    fill=_blank_masked_taps,
 )

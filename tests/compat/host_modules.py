@@ -299,6 +299,8 @@ class EuclideanCodebook(nn.Module):
         indices = self.encode(x)
         q = self.decode(indices)
         if self.training:
+            if (self.cluster_size < self.threshold_ema_dead_code).any():
+                torch.randperm(len(rows))  # rows for expired codes, which are overwritten below
             size = follow(self, rows, indices.view(-1), self.epsilon)
             self.embed.copy_(self.embed_avg / size[:, None])
         return q, indices

@@ -68,25 +68,25 @@ CASES: dict[str, Case] = {
         lambda: hosts.ResidualVectorQuantization(
             num_quantizers=3, dim=DIM, codebook_size=CODES, kmeans_init=False
         ),
-        (2, DIM, 15),
+        (2, DIM, 100),
         4,
     ),
     "encodec k-means": Case(
         lambda: hosts.ResidualVectorQuantization(
             num_quantizers=2, dim=DIM, codebook_size=CODES, kmeans_init=True
         ),
-        (2, DIM, 15),
+        (2, DIM, 100),
         3,
     ),
     "encodec projected": Case(
         lambda: hosts.ResidualVectorQuantization(
             num_quantizers=2, dim=DIM, codebook_size=CODES, codebook_dim=3, kmeans_init=False
         ),
-        (2, DIM, 15),
+        (2, DIM, 100),
         3,
     ),
     "encodec one": Case(
-        lambda: hosts.VectorQuantization(DIM, CODES, kmeans_init=False), (2, DIM, 15), 1
+        lambda: hosts.VectorQuantization(DIM, CODES, kmeans_init=False), (2, DIM, 100), 1
     ),
     "dac": Case(lambda: hosts.ResidualVectorQuantize(20, 3, CODES, 0.5), (4, 20, 9), 3),
 }
@@ -98,7 +98,7 @@ if hosts.REAL["encodec"]:
             lambda kmeans=kmeans: hosts.REAL["encodec"](
                 num_quantizers=3, dim=DIM, codebook_size=CODES, kmeans_init=kmeans
             ),
-            (2, DIM, 15),
+            (2, DIM, 100),
             4,
         )
 if hosts.REAL["dac"]:
@@ -481,7 +481,7 @@ def test_the_model_itself_cannot_be_swapped_but_has_an_equivalent() -> None:
     assert torch.equal(equivalent(host)(x)[2], host(x)[2])
     with pytest.raises(ValueError, match="equivalent: Linear has none: it is not recognised"):
         equivalent(nn.Linear(2, 2))
-    with pytest.raises(TypeError, match="model must be a torch.nn.Module; got list"):
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module; got list"):
         fastvq.replace_modules([host])  # type: ignore[arg-type]
 
 
