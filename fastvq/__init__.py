@@ -12,6 +12,8 @@ from typing import Any
 from fastvq.version import __version__
 
 _NAMES = {
+    "FSQ": "fastvq.nn",
+    "LFQ": "fastvq.nn",
     "CausalConv1d": "fastvq.nn",
     "Codebook": "fastvq.nn",
     "GatedMaskedConv2d": "fastvq.nn",
