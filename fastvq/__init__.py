@@ -12,12 +12,18 @@ from typing import Any
 from fastvq.version import __version__
 
 _NAMES = {
-    "FSQ": "fastvq.nn",
-    "LFQ": "fastvq.nn",
     "CausalConv1d": "fastvq.nn",
     "Codebook": "fastvq.nn",
+    "FSQ": "fastvq.nn",
     "GatedMaskedConv2d": "fastvq.nn",
+    "GroupedResidualFSQ": "fastvq.nn",
+    "GroupedResidualLFQ": "fastvq.nn",
+    "LFQ": "fastvq.nn",
     "MaskedConv2d": "fastvq.nn",
+    "ResidualFSQ": "fastvq.nn",
+    "ResidualLFQ": "fastvq.nn",
+    "ResidualSimVQ": "fastvq.nn",
+    "SimVQ": "fastvq.nn",
     "VectorQuantize": "fastvq.nn",
     "kmeans": "fastvq.nn",
 }

@@ -9,6 +9,10 @@ from fastvq.nn.kmeans import kmeans
 from fastvq.nn.lfq import LFQ, LFQLossBreakdown, LFQOutput
 from fastvq.nn.masked_conv import CausalConv1d, MaskedConv2d
 from fastvq.nn.residual import ResidualBlock, ResidualStack
+from fastvq.nn.residual_fsq import GroupedResidualFSQ, ResidualFSQ
+from fastvq.nn.residual_lfq import GroupedResidualLFQ, ResidualLFQ
+from fastvq.nn.residual_sim_vq import ResidualSimVQ
+from fastvq.nn.sim_vq import SimVQ
 from fastvq.nn.vector_quantize import LossBreakdown, VectorQuantize
 
 __all__ = [
@@ -20,12 +24,18 @@ __all__ = [
     "CodebookOutput",
     "DiagonalGaussian",
     "GatedMaskedConv2d",
+    "GroupedResidualFSQ",
+    "GroupedResidualLFQ",
     "LFQLossBreakdown",
     "LFQOutput",
     "LossBreakdown",
     "MaskedConv2d",
     "ResidualBlock",
+    "ResidualFSQ",
+    "ResidualLFQ",
+    "ResidualSimVQ",
     "ResidualStack",
+    "SimVQ",
     "VectorQuantize",
     "kmeans",
 ]
