@@ -296,9 +296,9 @@ class LFQ(nn.Module):
             counted = counted & mask.reshape(-1)
         commitment = self.zero
         if self.commitment_loss_weight > 0.0:
-            square = (rows - codes.detach().reshape_as(rows)).float() ** 2
-            total = torch.where(counted[:, None, None], square, 0.0).sum()
-            commitment = total / (counted.sum() * square[0].numel()).clamp(min=1)
+            residual = torch.where(counted[:, None, None], rows - codes.detach().view_as(rows), 0.0)
+            terms = counted.sum() * residual.shape[1:].numel()
+            commitment = (residual.float() ** 2).sum() / terms.clamp(min=1)
         sampled, weights = self._sampled(rows, counted, mask)
         sampled = torch.where(weights[:, None, None], sampled.float(), 0.0)
         # The size of a code's channels.

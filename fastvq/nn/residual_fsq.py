@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -141,7 +142,7 @@ class ResidualFSQ(ResidualLevels):
         """
         rows = x.movedim(1, -1) if self.is_channel_first else x
         shape = rows.shape[:-1]
-        rows = self.project_in(rows.reshape(len(rows), -1, rows.shape[-1]))
+        rows = self.project_in(rows.reshape(len(rows), math.prod(shape[1:]), rows.shape[-1]))
         dtype = rows.dtype
         depth = self._depth(rand_quantize_dropout_fixed_seed, x.device, torch.is_grad_enabled())
         with torch.autocast(x.device.type, enabled=False):
@@ -159,8 +160,9 @@ class ResidualFSQ(ResidualLevels):
                 levels.append(index)
         dropped = [torch.full_like(levels[0], -1, dtype=torch.int64)]
         indices = torch.stack(levels + dropped * (self.num_quantizers - depth), dim=-1)
-        indices = indices.unflatten(1, shape[1:]) if len(shape) != 2 else indices
-        out = self.project_out(quantized.to(dtype)).reshape(*shape, -1)
+        indices = indices.reshape(*shape, self.num_quantizers)
+        out = self.project_out(quantized.to(dtype))
+        out = out.reshape(*shape, out.shape[-1])
         all_codes = (self.get_codes_from_indices(indices),) if return_all_codes else ()
         if self.is_channel_first:
             out, indices = out.movedim(-1, 1), indices.movedim(-1, 1)
@@ -186,5 +188,6 @@ class GroupedResidualFSQ(ResidualGroups):
         self.codebook_size = self.rvqs[0].codebook_size
 
     def forward(self, x: Tensor, return_all_codes: bool = False) -> tuple[Tensor, ...]:
-        """As `ResidualFSQ`, with indices (groups, …)."""
-        return self._joined(self._each(x, return_all_codes=return_all_codes))
+        """As `ResidualFSQ`, with indices (groups, …) and a tuple of the groups' codes."""
+        results = self._each(x, return_all_codes=return_all_codes)
+        return self._joined(results, return_all_codes)

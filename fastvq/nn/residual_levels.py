@@ -112,7 +112,7 @@ class ResidualGroups(nn.Module):
     """Residual quantizers side by side, each on its own slice of the channels.
 
     Every method takes and returns what its groups' does, with a leading dimension of groups on
-    indices, codes and losses, and with outputs joined along the channels. Quantizer dropout runs
+    indices and losses, and with outputs joined along the channels. Quantizer dropout runs
     as many levels in every group. Yang et al. 2023, arXiv:2305.02765, sec. 3.
     """
 
@@ -173,6 +173,9 @@ class ResidualGroups(nn.Module):
             ]
         return [list(position) for position in zip(*results)]
 
-    def _joined(self, results: list) -> tuple[Tensor, ...]:
+    def _joined(self, results: list, with_codes: bool) -> tuple:
+        """Outputs joined, indices and losses stacked, and the groups' codes as they are."""
         quantized, *rest = results
-        return torch.cat(quantized, dim=self.split_dim), *(torch.stack(each) for each in rest)
+        codes = (tuple(rest.pop()),) if with_codes else ()
+        joined = torch.cat(quantized, dim=self.split_dim)
+        return joined, *(torch.stack(each) for each in rest), *codes

@@ -140,5 +140,6 @@ class GroupedResidualLFQ(ResidualGroups):
     def forward(
         self, x: Tensor, mask: Tensor | None = None, return_all_codes: bool = False
     ) -> tuple[Tensor, ...]:
-        """As `ResidualLFQ`, with indices (groups, …) and losses (groups, Q)."""
-        return self._joined(self._each(x, mask=mask, return_all_codes=return_all_codes))
+        """As `ResidualLFQ`: indices (groups, …), losses (groups, Q), a tuple of codes."""
+        results = self._each(x, mask=mask, return_all_codes=return_all_codes)
+        return self._joined(results, return_all_codes)
