@@ -24,13 +24,17 @@ SOURCES = Path("kernels/cpu")
 # -ffp-contract=off: the canonical float64 scores must not use fused multiply-add; where it is
 # wanted, the kernels ask for it by name.
 COMMON_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall"]
+AVX2_FLAGS = ["-mavx2", "-mfma"]
+AVX512_FLAGS = [
+    *("-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
+    # GCC 12 warns about its own AVX-512 header.
+    *("-mprefer-vector-width=512", "-Wno-uninitialized", "-Wno-maybe-uninitialized"),
+]
 X86_FLAGS = {
-    "nearest_code_avx2.cpp": ["-mavx2", "-mfma"],
-    "nearest_code_avx512.cpp": [
-        *("-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
-        # GCC 12 warns about its own AVX-512 header.
-        *("-mprefer-vector-width=512", "-Wno-uninitialized", "-Wno-maybe-uninitialized"),
-    ],
+    "nearest_code_avx2.cpp": AVX2_FLAGS,
+    "nearest_code_avx512.cpp": AVX512_FLAGS,
+    "row_passes_avx2.cpp": AVX2_FLAGS,
+    "row_passes_avx512.cpp": AVX512_FLAGS,
 }
 MAX_JOBS = 2
 

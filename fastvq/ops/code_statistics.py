@@ -42,14 +42,26 @@ def code_statistics(
     op = "code_statistics"
     checks.check_rows(op, x)
     checks.check_positive_int(op, "num_codes", num_codes)
-    _check_indices(indices, x, num_codes)
+    _check_indices(indices, x)
     chosen = choose(op, backend, x)
+    if chosen != "cpp":
+        _check_range(indices, num_codes)
     if backend == "reference":
         return reference.code_statistics(x, indices, num_codes)
     return _CodeStatistics.apply(x, indices, num_codes, chosen)
 
 
-def _check_indices(indices: Tensor, x: Tensor, num_codes: int) -> None:
+def statistics_of_search(x: Tensor, indices: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
+    """`code_statistics` without its checks and gradient, for indices that a search returned.
+
+    Checking the indices' values would wait for the device at every training step.
+    """
+    chosen = choose("code_statistics", None, x)
+    counts, sums = torch.ops.fastvq.code_statistics(x.detach(), indices, num_codes, chosen)
+    return counts, sums
+
+
+def _check_indices(indices: Tensor, x: Tensor) -> None:
     if not isinstance(indices, Tensor) or indices.dtype != torch.int64:
         got = str(indices.dtype) if isinstance(indices, Tensor) else type(indices).__name__
         raise TypeError(f"code_statistics: indices must be an int64 tensor; got {got}.")
@@ -59,6 +71,10 @@ def _check_indices(indices: Tensor, x: Tensor, num_codes: int) -> None:
             f"{checks.shape(x)}; got {checks.shape(indices)}."
         )
     checks.check_device("code_statistics", "indices", indices, x)
+
+
+def _check_range(indices: Tensor, num_codes: int) -> None:
+    """What the kernels check for themselves."""
     if torch.compiler.is_compiling() or indices.numel() == 0:
         return
     lowest, highest = indices.aminmax()
@@ -66,7 +82,7 @@ def _check_indices(indices: Tensor, x: Tensor, num_codes: int) -> None:
         wrong = int(lowest) if lowest < -1 else int(highest)
         raise ValueError(
             f"code_statistics: indices must be −1 or in 0 … {num_codes - 1}; got {wrong}. "
-            f"Is num_codes={num_codes} the size of the codebook they came from?"
+            f"Are there really {num_codes} codes?"
         )
 
 
@@ -74,13 +90,6 @@ def segment_sums(x: Tensor, indices: Tensor, num_codes: int, backend: str) -> tu
     """Counts and sums by a backend that was already chosen; arguments already checked."""
     if backend == "reference":
         return reference.code_statistics(x, indices, num_codes)
-    if x.dim() == 3:
-        pairs = [_sums_cpp(rows, index, num_codes) for rows, index in zip(x, indices)]
-        return torch.stack([c for c, _ in pairs]), torch.stack([s for _, s in pairs])
-    return _sums_cpp(x, indices, num_codes)
-
-
-def _sums_cpp(x: Tensor, indices: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
     assert CPU_EXTENSION is not None
     x, indices = x.contiguous(), indices.contiguous()
     counts, sums = _empty_outputs(x, num_codes)
@@ -90,7 +99,8 @@ def _sums_cpp(x: Tensor, indices: Tensor, num_codes: int) -> tuple[Tensor, Tenso
         indices.data_ptr(),
         counts.data_ptr(),
         sums.data_ptr(),
-        *(len(x), num_codes, x.shape[1]),
+        x.shape[0] if x.dim() == 3 else 1,
+        *(x.shape[-2], num_codes, x.shape[-1]),
         torch.get_num_threads(),
     )
     return counts, sums

@@ -11,9 +11,9 @@ from torch import Tensor
 from fastvq.reference import vector_quantize as reference
 
 from . import checks
-from .backends import choose
+from .backends import CPU_EXTENSION, choose
 from .code_statistics import rows_of_codes, segment_sums
-from .nearest_code import METRICS, search
+from .nearest_code import DTYPE_CODES, METRICS, search
 from .registration import register
 
 
@@ -103,6 +103,8 @@ def _forward(
     x: Tensor, codebook: Tensor, mask: Tensor | None, metric: str, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """quantized, indices and the squared distance, which is the value of both losses."""
+    if backend == "cpp":
+        return _forward_cpp(x, codebook, mask, metric)
     indices, distance = search(x, codebook, metric, backend)
     if metric != "l2":
         distance = _squared_distance(x, codebook, indices)
@@ -115,6 +117,38 @@ def _forward(
         distance = torch.where(counted, distance, 0.0)
         quantized = torch.where(counted[..., None], quantized, 0.0)
     return torch.where(lost[..., None], torch.nan, quantized), indices, distance
+
+
+def _forward_cpp(
+    x: Tensor, codebook: Tensor, mask: Tensor | None, metric: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    assert CPU_EXTENSION is not None
+    x, codebook = x.contiguous(), codebook.contiguous()
+    quantized, indices, distance = _forward_fake(x, codebook, mask, metric, "cpp")
+    if mask is not None:
+        mask = mask.contiguous()
+    CPU_EXTENSION.vector_quantize(
+        *_coded_rows(x, codebook),
+        *((0, 0) if mask is None else (mask.data_ptr(), mask.numel())),
+        METRICS.index(metric),
+        quantized.data_ptr(),
+        indices.data_ptr(),
+        distance.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return quantized, indices, distance
+
+
+def _coded_rows(x: Tensor, codebook: Tensor) -> tuple[int, ...]:
+    """How the C++ calls take contiguous rows and their codebooks; a shared one is one book."""
+    books = codebook.shape[0] if codebook.dim() == 3 else 1
+    return (
+        x.data_ptr(),
+        DTYPE_CODES[x.dtype],
+        codebook.data_ptr(),
+        DTYPE_CODES[codebook.dtype],
+        *(books, x.shape[:-1].numel() // books, *codebook.shape[-2:]),
+    )
 
 
 def _squared_distance(x: Tensor, codebook: Tensor, indices: Tensor) -> Tensor:
@@ -133,32 +167,95 @@ def _forward_fake(
 
 
 def _backward_x(
-    grad_quantized: Tensor,
-    grad_commitment: Tensor,
+    grad_quantized: Tensor | None,
+    grad_commitment: Tensor | None,
+    x: Tensor,
+    codebook: Tensor,
+    indices: Tensor,
+    gradient: str,
+    backend: str,
+) -> Tensor:
+    """Gradient to x, of at least one of the two; rows without an index get none."""
+    if backend == "cpp":
+        return _backward_x_cpp(grad_quantized, grad_commitment, x, codebook, indices, gradient)
+    rows, q = _rows_and_codes(x, codebook, indices)
+    grad = torch.zeros_like(rows)
+    if grad_quantized is not None:
+        grad = grad_quantized.to(rows.dtype)
+        if gradient == "rotation":
+            grad = _rotate_back(grad, rows, q)
+    if grad_commitment is not None:
+        grad = grad + 2.0 * grad_commitment[..., None] * (rows - q)
+    return torch.where((indices >= 0)[..., None], grad, 0.0).to(x.dtype)
+
+
+def _backward_x_cpp(
+    grad_quantized: Tensor | None,
+    grad_commitment: Tensor | None,
     x: Tensor,
     codebook: Tensor,
     indices: Tensor,
     gradient: str,
 ) -> Tensor:
-    """Gradient to x; rows without an index get none."""
-    rows, q = _rows_and_codes(x, codebook, indices)
-    grad = grad_quantized.to(rows.dtype)
-    if gradient == "rotation":
-        grad = _rotate_back(grad, rows, q)
-    grad = grad + 2.0 * grad_commitment[..., None] * (rows - q)
-    return torch.where((indices >= 0)[..., None], grad, 0.0).to(x.dtype)
+    assert CPU_EXTENSION is not None
+    x, codebook = x.contiguous(), codebook.contiguous()
+    grad_x = torch.empty_like(x)
+    if grad_quantized is not None:
+        grad_quantized = grad_quantized.to(codebook.dtype).contiguous()
+    weight, stride = _weights(grad_commitment)
+    CPU_EXTENSION.vector_quantize_backward_x(
+        *_coded_rows(x, codebook),
+        indices.data_ptr(),
+        0 if grad_quantized is None else grad_quantized.data_ptr(),
+        0 if weight is None else weight.data_ptr(),
+        stride,
+        gradient == "rotation",
+        grad_x.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return grad_x
+
+
+def _weights(grad: Tensor | None) -> tuple[Tensor | None, int]:
+    """The gradient of a loss by row as the C++ calls take it; one number for all has stride 0."""
+    if grad is None:
+        return None, 0
+    if not any(grad.stride()):
+        return grad, 0
+    return grad.contiguous(), 1
 
 
 def _backward_codebook(
     grad_codebook_loss: Tensor, x: Tensor, codebook: Tensor, indices: Tensor, backend: str
 ) -> Tensor:
     """Gradient to the codebook: summed over the rows that chose each code, in row order."""
+    if backend == "cpp":
+        return _backward_codebook_cpp(grad_codebook_loss, x, codebook, indices)
     rows, q = _rows_and_codes(x, codebook, indices)
     pull = 2.0 * grad_codebook_loss[..., None] * (q - rows)
     pull = torch.where((indices >= 0)[..., None], pull, 0.0)
     _, grad = segment_sums(pull, indices, codebook.shape[-2], backend)
     if grad.dim() > codebook.dim():  # one codebook shared by the heads
         grad = grad.sum(dim=0)
+    return grad.to(codebook.dtype)
+
+
+def _backward_codebook_cpp(
+    grad_codebook_loss: Tensor, x: Tensor, codebook: Tensor, indices: Tensor
+) -> Tensor:
+    assert CPU_EXTENSION is not None
+    x, codebook = x.contiguous(), codebook.contiguous()
+    grad = codebook.new_empty(codebook.shape, dtype=torch.float32)
+    weight, stride = _weights(grad_codebook_loss)
+    assert weight is not None
+    CPU_EXTENSION.vector_quantize_backward_codebook(
+        *_coded_rows(x, codebook),
+        indices.data_ptr(),
+        weight.data_ptr(),
+        stride,
+        grad.data_ptr(),
+        torch.get_num_threads(),
+    )
     return grad.to(codebook.dtype)
 
 
@@ -211,12 +308,8 @@ class _VectorQuantize(torch.autograd.Function):
         x, codebook, indices = ctx.saved_tensors
         grad_x = grad_codebook = None
         if ctx.needs_input_grad[0] and not (grad_quantized is None and grad_commitment is None):
-            if grad_quantized is None:
-                grad_quantized = torch.zeros_like(x)
-            if grad_commitment is None:
-                grad_commitment = torch.zeros_like(indices, dtype=_wide(x, codebook))
             grad_x = torch.ops.fastvq.vector_quantize_backward_x(
-                grad_quantized, grad_commitment, x, codebook, indices, ctx.gradient
+                grad_quantized, grad_commitment, x, codebook, indices, ctx.gradient, ctx.backend
             )
         if ctx.needs_input_grad[1] and grad_codebook_loss is not None:
             grad_codebook = torch.ops.fastvq.vector_quantize_backward_codebook(
@@ -232,10 +325,10 @@ register(
     _forward_fake,
 )
 register(
-    "vector_quantize_backward_x(Tensor grad_quantized, Tensor grad_commitment, Tensor x,"
-    " Tensor codebook, Tensor indices, str gradient) -> Tensor",
+    "vector_quantize_backward_x(Tensor? grad_quantized, Tensor? grad_commitment, Tensor x,"
+    " Tensor codebook, Tensor indices, str gradient, str backend) -> Tensor",
     _backward_x,
-    lambda gq, gc, x, codebook, indices, gradient: x.new_empty(x.shape),
+    lambda gq, gc, x, codebook, indices, gradient, backend: x.new_empty(x.shape),
 )
 register(
     "vector_quantize_backward_codebook(Tensor grad_codebook_loss, Tensor x, Tensor codebook,"

@@ -11,7 +11,9 @@
 #include "code_statistics.h"
 #include "isa.h"
 #include "nearest_code.h"
+#include "row_passes.h"
 #include "rows.h"
+#include "vector_quantize.h"
 
 namespace {
 
@@ -56,6 +58,15 @@ void check_dtype(int dtype) {
         "_fastvq_C: dtype codes are 0 (float32), 1 (float16) and 2 (bfloat16).");
 }
 
+void check_sizes(bool hold) {
+  check(hold, "_fastvq_C: sizes must be N, K >= 0, D >= 1, books and num_threads >= 1.");
+}
+
+void check_metric(int metric) {
+  check(metric == fastvq::kL2 || metric == fastvq::kDot,
+        "_fastvq_C: metric codes are 0 (l2) and 1 (dot).");
+}
+
 const fastvq::NearestCodeKernel& kernel_in_use() {
   switch (fastvq::isa_in_use()) {
 #if defined(__x86_64__)
@@ -70,6 +81,20 @@ const fastvq::NearestCodeKernel& kernel_in_use() {
   }
 }
 
+const fastvq::RowPasses& passes_in_use() {
+  switch (fastvq::isa_in_use()) {
+#if defined(__x86_64__)
+    case fastvq::Isa::kAmx:
+    case fastvq::Isa::kAvx512:
+      return fastvq::row_passes_avx512;
+    case fastvq::Isa::kAvx2:
+      return fastvq::row_passes_avx2;
+#endif
+    default:
+      return fastvq::row_passes_generic;
+  }
+}
+
 PyObject* nearest_code(PyObject*, PyObject* args) {
   unsigned long long x, codebook, indices, distance;
   long long N, K, D;
@@ -81,10 +106,8 @@ PyObject* nearest_code(PyObject*, PyObject* args) {
   return guarded([&]() -> PyObject* {
     check_dtype(x_dtype);
     check_dtype(codebook_dtype);
-    check(N >= 0 && K >= 0 && D >= 1, "_fastvq_C.nearest_code: sizes must be N, K >= 0, D >= 1.");
-    check(metric == fastvq::kL2 || metric == fastvq::kDot,
-          "_fastvq_C.nearest_code: metric codes are 0 (l2) and 1 (dot).");
-    check(num_threads >= 1, "_fastvq_C.nearest_code: num_threads must be at least 1.");
+    check_sizes(N >= 0 && K >= 0 && D >= 1 && num_threads >= 1);
+    check_metric(metric);
     const fastvq::NearestCodeKernel& kernel = kernel_in_use();
     {
       const WithoutPythonLock unlocked;
@@ -98,21 +121,119 @@ PyObject* nearest_code(PyObject*, PyObject* args) {
 
 PyObject* code_statistics(PyObject*, PyObject* args) {
   unsigned long long x, indices, counts, sums;
-  long long N, K, D;
+  long long books, N, K, D;
   int x_dtype, num_threads;
-  if (!PyArg_ParseTuple(args, "KiKKKLLLi", &x, &x_dtype, &indices, &counts, &sums, &N, &K, &D,
-                        &num_threads)) {
+  if (!PyArg_ParseTuple(args, "KiKKKLLLLi", &x, &x_dtype, &indices, &counts, &sums, &books, &N, &K,
+                        &D, &num_threads)) {
     return nullptr;
   }
   return guarded([&]() -> PyObject* {
     check_dtype(x_dtype);
-    check(N >= 0 && K >= 0 && D >= 1,
-          "_fastvq_C.code_statistics: sizes must be N, K >= 0, D >= 1.");
-    check(num_threads >= 1, "_fastvq_C.code_statistics: num_threads must be at least 1.");
+    check_sizes(books >= 1 && N >= 0 && K >= 0 && D >= 1 && num_threads >= 1);
+    const fastvq::RowPasses& passes = passes_in_use();
     {
       const WithoutPythonLock unlocked;
-      fastvq::code_statistics(address<const void*>(x), x_dtype, address<const int64_t*>(indices),
-                              address<float*>(counts), address<float*>(sums), N, K, D, num_threads);
+      fastvq::code_statistics(passes, address<const void*>(x), x_dtype,
+                              address<const int64_t*>(indices), address<float*>(counts),
+                              address<float*>(sums), books, N, K, D, num_threads);
+    }
+    Py_RETURN_NONE;
+  });
+}
+
+// Rows and codebooks as the calls below take them: x, x_dtype, codebook, codebook_dtype, books,
+// rows_per_book, K, D.
+#define CODED_ROWS_FORMAT "KiKiLLLL"
+struct CodedRowsArguments {
+  unsigned long long x, codebook;
+  int x_dtype, codebook_dtype;
+  long long books, rows_per_book, K, D;
+
+  fastvq::CodedRows checked(int num_threads) const {
+    check_dtype(x_dtype);
+    check_dtype(codebook_dtype);
+    check_sizes(books >= 1 && rows_per_book >= 0 && K >= 0 && D >= 1 && num_threads >= 1);
+    return {address<const void*>(x),
+            x_dtype,
+            address<const void*>(codebook),
+            codebook_dtype,
+            rows_per_book,
+            K,
+            D};
+  }
+  int64_t num_rows() const { return books * rows_per_book; }
+};
+
+PyObject* vector_quantize(PyObject*, PyObject* args) {
+  CodedRowsArguments in;
+  unsigned long long mask, quantized, indices, distance;
+  long long mask_rows;
+  int metric, num_threads;
+  if (!PyArg_ParseTuple(args, CODED_ROWS_FORMAT "KLiKKKi", &in.x, &in.x_dtype, &in.codebook,
+                        &in.codebook_dtype, &in.books, &in.rows_per_book, &in.K, &in.D, &mask,
+                        &mask_rows, &metric, &quantized, &indices, &distance, &num_threads)) {
+    return nullptr;
+  }
+  return guarded([&]() -> PyObject* {
+    const fastvq::CodedRows rows = in.checked(num_threads);
+    check(mask == 0 || mask_rows >= 1 || in.num_rows() == 0, "_fastvq_C: the mask has no rows.");
+    check_metric(metric);
+    const fastvq::NearestCodeKernel& kernel = kernel_in_use();
+    const fastvq::RowPasses& passes = passes_in_use();
+    {
+      const WithoutPythonLock unlocked;
+      fastvq::vector_quantize(kernel, passes, rows, in.books, address<const uint8_t*>(mask),
+                              mask_rows, metric, address<void*>(quantized),
+                              address<int64_t*>(indices), address<float*>(distance), num_threads);
+    }
+    Py_RETURN_NONE;
+  });
+}
+
+PyObject* vector_quantize_backward_x(PyObject*, PyObject* args) {
+  CodedRowsArguments in;
+  unsigned long long indices, grad_quantized, grad_distance, grad_x;
+  long long stride;
+  int rotation, num_threads;
+  if (!PyArg_ParseTuple(args, CODED_ROWS_FORMAT "KKKLiKi", &in.x, &in.x_dtype, &in.codebook,
+                        &in.codebook_dtype, &in.books, &in.rows_per_book, &in.K, &in.D, &indices,
+                        &grad_quantized, &grad_distance, &stride, &rotation, &grad_x,
+                        &num_threads)) {
+    return nullptr;
+  }
+  return guarded([&]() -> PyObject* {
+    const fastvq::CodedRows rows = in.checked(num_threads);
+    const fastvq::RowPasses& passes = passes_in_use();
+    {
+      const WithoutPythonLock unlocked;
+      fastvq::vector_quantize_backward_x(
+          passes, rows, in.num_rows(), address<const int64_t*>(indices),
+          address<const void*>(grad_quantized), address<const float*>(grad_distance), stride,
+          rotation != 0, address<void*>(grad_x), num_threads);
+    }
+    Py_RETURN_NONE;
+  });
+}
+
+PyObject* vector_quantize_backward_codebook(PyObject*, PyObject* args) {
+  CodedRowsArguments in;
+  unsigned long long indices, grad_distance, grad_codebook;
+  long long stride;
+  int num_threads;
+  if (!PyArg_ParseTuple(args, CODED_ROWS_FORMAT "KKLKi", &in.x, &in.x_dtype, &in.codebook,
+                        &in.codebook_dtype, &in.books, &in.rows_per_book, &in.K, &in.D, &indices,
+                        &grad_distance, &stride, &grad_codebook, &num_threads)) {
+    return nullptr;
+  }
+  return guarded([&]() -> PyObject* {
+    const fastvq::CodedRows rows = in.checked(num_threads);
+    const fastvq::RowPasses& passes = passes_in_use();
+    {
+      const WithoutPythonLock unlocked;
+      fastvq::vector_quantize_backward_codebook(passes, rows, in.num_rows(),
+                                                address<const int64_t*>(indices),
+                                                address<const float*>(grad_distance), stride,
+                                                address<float*>(grad_codebook), num_threads);
     }
     Py_RETURN_NONE;
   });
@@ -147,9 +268,22 @@ PyMethodDef methods[] = {
      "distance (float32; 0 for none). Tensors are addresses of contiguous memory; dtype codes:\n"
      "0 float32, 1 float16, 2 bfloat16; metric: 0 l2, 1 dot. See kernels/cpu/nearest_code.h."},
     {"code_statistics", code_statistics, METH_VARARGS,
-     "code_statistics(x, x_dtype, indices, counts, sums, N, K, D, num_threads)\n\n"
-     "Writes the number of rows per code into counts (float32, (K,)) and their sums into sums\n"
-     "(float32, (K, D)). Index -1 is skipped. See kernels/cpu/code_statistics.h."},
+     "code_statistics(x, x_dtype, indices, counts, sums, books, N, K, D, num_threads)\n\n"
+     "Writes the number of rows per code into counts (float32, (books, K)) and their sums into\n"
+     "sums (float32, (books, K, D)); x is (books, N, D). See kernels/cpu/code_statistics.h."},
+    {"vector_quantize", vector_quantize, METH_VARARGS,
+     "vector_quantize(x, x_dtype, codebook, codebook_dtype, books, rows_per_book, K, D, mask,\n"
+     "mask_rows, metric, quantized, indices, distance, num_threads)\n\n"
+     "mask may be 0. See kernels/cpu/vector_quantize.h."},
+    {"vector_quantize_backward_x", vector_quantize_backward_x, METH_VARARGS,
+     "vector_quantize_backward_x(x, x_dtype, codebook, codebook_dtype, books, rows_per_book, K, "
+     "D,\n"
+     "indices, grad_quantized, grad_distance, stride, rotation, grad_x, num_threads)\n\n"
+     "Either gradient may be 0. See kernels/cpu/vector_quantize.h."},
+    {"vector_quantize_backward_codebook", vector_quantize_backward_codebook, METH_VARARGS,
+     "vector_quantize_backward_codebook(x, x_dtype, codebook, codebook_dtype, books,\n"
+     "rows_per_book, K, D, indices, grad_distance, stride, grad_codebook, num_threads)\n\n"
+     "grad_codebook is float32. See kernels/cpu/vector_quantize.h."},
     {"isa_available", isa_available, METH_NOARGS,
      "Names of the instruction sets this machine has: generic, avx2, avx512, amx."},
     {"isa_in_use", isa_in_use, METH_NOARGS,

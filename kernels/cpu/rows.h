@@ -43,6 +43,41 @@ inline float to_float(BFloat value) {
   return float_of_bits(static_cast<uint32_t>(value.bits) << 16);
 }
 
+// The nearest Element, ties to even; what is too large becomes Inf, and NaN stays NaN.
+template <class Element>
+Element rounded(float value);
+
+template <>
+inline float rounded<float>(float value) {
+  return value;
+}
+
+inline uint32_t bits_of_float(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+template <>
+inline BFloat rounded<BFloat>(float value) {
+  const uint32_t bits = bits_of_float(value);
+  const uint32_t nearest = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return BFloat{static_cast<uint16_t>(value != value ? 0x7fc0u : nearest)};
+}
+
+// Below the least normal half, adding 0.5 leaves in a float32's fraction the half's own, rounded by
+// the addition. Above, the exponent is moved and the 13 excess bits rounded away.
+template <>
+inline Half rounded<Half>(float value) {
+  const uint32_t bits = bits_of_float(value), magnitude = bits & 0x7fffffffu;
+  const uint32_t small = bits_of_float(float_of_bits(magnitude) + 0.5f) - 0x3f000000u;
+  const uint32_t normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  const uint32_t large = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
+  uint32_t half = magnitude < 0x38800000u ? small : normal;
+  half = magnitude >= 0x477ff000u ? large : half;
+  return Half{static_cast<uint16_t>((bits >> 16 & 0x8000u) | half)};
+}
+
 template <class Element>
 inline void read_elements(const void* data, int64_t first, int64_t count, float* out) {
   const Element* source = static_cast<const Element*>(data) + first;

@@ -18,7 +18,7 @@ def code_statistics(
     sums = torch.full((num_codes, x.shape[1]), -7.0)
     _C.code_statistics(
         *(x.data_ptr(), DTYPES[x.dtype], indices.data_ptr(), counts.data_ptr(), sums.data_ptr()),
-        *(x.shape[0], num_codes, x.shape[1], threads),
+        *(1, x.shape[0], num_codes, x.shape[1], threads),
     )
     return counts, sums
 
@@ -46,5 +46,5 @@ def test_equals_row_order_sums_for_every_thread_count(
 @pytest.mark.parametrize("bad", [-2, 4, 2**40])
 def test_refuses_an_index_outside_the_codebook(bad: int) -> None:
     indices = torch.tensor([0, 3, bad, -1])
-    with pytest.raises(ValueError, match=rf"indices must lie in -1 … 3 .* got {bad} at row 2"):
+    with pytest.raises(ValueError, match=rf"indices must be −1 or in 0 … 3; got {bad} at row 2"):
         code_statistics(torch.ones(4, 2), indices, 4)

@@ -188,7 +188,8 @@ def test_opcheck():
     indices = ops.nearest_code(x, codebook)
     for gradient in GRADIENTS:
         torch.library.opcheck(
-            raw.vector_quantize_backward_x.default, (x, x[:, 0], x, codebook, indices, gradient)
+            raw.vector_quantize_backward_x.default,
+            (x, x[:, 0], x, codebook, indices, gradient, "cpp"),
         )
     torch.library.opcheck(
         raw.vector_quantize_backward_codebook.default, (x[:, 0], x, codebook, indices, "cpp")

@@ -1,0 +1,87 @@
+// Vectors of 16 or 8 numbers that every instruction set computes alike: lane by lane, no
+// fused operations, one order of adding the lanes up. Wider registers are faster, never different.
+// Everything has internal linkage and uses nothing of the C++ standard library: each instruction
+// set compiles its own copy.
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+#include "rows.h"
+
+// Says that instruction sets pass vectors differently; these never leave their file.
+#pragma GCC diagnostic ignored "-Wpsabi"
+
+namespace fastvq {
+namespace {
+
+typedef float Floats16 __attribute__((vector_size(64)));
+typedef float Floats8 __attribute__((vector_size(32)));
+typedef double Doubles8 __attribute__((vector_size(64)));
+
+#define FASTVQ_INLINE inline __attribute__((always_inline))
+
+// Copies count < 16 elements in pieces of constant size: a short memcpy of unknown size is a call.
+template <class Element>
+FASTVQ_INLINE void copy_few(const Element* from, int64_t count, Element* to) {
+  for (int64_t piece = 8; piece > 0; piece /= 2) {
+    if (!(count & piece)) continue;
+    if (piece == 8) memcpy(to, from, 8 * sizeof(Element));
+    if (piece == 4) memcpy(to, from, 4 * sizeof(Element));
+    if (piece == 2) memcpy(to, from, 2 * sizeof(Element));
+    if (piece == 1) memcpy(to, from, sizeof(Element));
+    from += piece;
+    to += piece;
+  }
+}
+
+// The first `count` ≤ lanes elements from `from` as floats; the other lanes are zero.
+template <class Vector, class Element>
+FASTVQ_INLINE Vector load_floats(const Element* from, int64_t count) {
+  constexpr int64_t kLanes = sizeof(Vector) / sizeof(float);
+  Element elements[kLanes];
+  if (count == kLanes) {
+    memcpy(elements, from, sizeof elements);
+  } else {
+    memset(elements, 0, sizeof elements);
+    copy_few(from, count, elements);
+  }
+  float floats[kLanes];
+  for (int64_t i = 0; i < kLanes; ++i) floats[i] = to_float(elements[i]);
+  Vector vector;
+  memcpy(&vector, floats, sizeof vector);
+  return vector;
+}
+
+// Writes the first `count` ≤ lanes lanes, each rounded to Element.
+template <class Vector, class Element>
+FASTVQ_INLINE void store_floats(Vector vector, Element* to, int64_t count) {
+  constexpr int64_t kLanes = sizeof(Vector) / sizeof(float);
+  float floats[kLanes];
+  memcpy(floats, &vector, sizeof vector);
+  Element elements[kLanes];
+  for (int64_t i = 0; i < kLanes; ++i) elements[i] = rounded<Element>(floats[i]);
+  if (count == kLanes) {
+    memcpy(to, elements, sizeof elements);
+  } else {
+    copy_few(elements, count, to);
+  }
+}
+
+// Halves are added to each other until one lane is left.
+FASTVQ_INLINE float sum_of_lanes(Floats8 vector) {
+  typedef float Floats4 __attribute__((vector_size(16)));
+  Floats4 halves[2];
+  memcpy(halves, &vector, sizeof vector);
+  const Floats4 sum = halves[0] + halves[1];
+  return (sum[0] + sum[2]) + (sum[1] + sum[3]);
+}
+
+FASTVQ_INLINE float sum_of_lanes(Floats16 vector) {
+  Floats8 halves[2];
+  memcpy(halves, &vector, sizeof vector);
+  return sum_of_lanes(halves[0] + halves[1]);
+}
+
+}  // namespace
+}  // namespace fastvq
