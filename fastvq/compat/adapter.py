@@ -10,6 +10,7 @@ import copy
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
+import torch
 from torch import nn
 
 Adapter = TypeVar("Adapter", bound=nn.Module)
@@ -33,10 +34,11 @@ class Host(NamedTuple):
     without: frozenset[str]  # attributes that a namesake has and it has not
     bypassed: tuple[str, ...]  # submodules that the adapter reads but never calls
     adapt: Callable[[Any], nn.Module]  # raises Unsupported
-    probe: Callable[[Any], tuple[Any, ...]]  # float64 CPU arguments for one small forward
+    probe: Callable[[Any], tuple[Any, ...]]  # CPU arguments for one small forward
     # Fills the codebook with random codes before a rehearsal, so that neither codes that are equal
     # nor a start still to come can make a difference.
     fill: Callable[[Any], None]
+    dtype: torch.dtype = torch.float64  # of a rehearsal
 
 
 def adopt(adapter_class: type[Adapter], host: nn.Module) -> Adapter:

@@ -1,8 +1,8 @@
 """A rehearsal: does an adapter compute what the module it stands in for computes?
 
 Names and attributes say which class a module claims to be; a fork may keep them and compute
-something else. So both run once on a small random batch, as float64 copies on the CPU, where
-rounding moves neither an index nor a digit that counts.
+something else. So both run once on a small random batch, as copies on the CPU: in float64, where
+rounding moves neither an index nor a digit that counts, unless a host insists on float32.
 """
 
 from __future__ import annotations
@@ -16,16 +16,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-# Far above the rounding of float64, and of modules that insist on float32; far below what another
-# formula makes.
-_TOLERANCE = 1e-5
+# Relative to the largest element: far above the rounding of a few hundred operations, and far below
+# what another formula makes.
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 
 def difference(
     host: nn.Module,
     adapter: nn.Module,
-    make_probe: Callable[[Any], tuple[Any, ...]],
+    make_probe: Callable[[Any], tuple[Tensor, ...]],
     fill: Callable[[Any], None],
+    dtype: torch.dtype = torch.float64,
 ) -> str | None:
     """How `adapter` differs from `host` on the arguments that `make_probe` gives; None if not.
 
@@ -36,9 +37,9 @@ def difference(
     alone = not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        probe = make_probe(host)
+        probe = tuple(value.to(dtype) for value in make_probe(host))
         try:
-            copies = [_double_on_cpu(module) for module in (host, adapter)]
+            copies = [_copy_on_cpu(module, dtype) for module in (host, adapter)]
             for module in copies:
                 torch.manual_seed(1)
                 with torch.no_grad():
@@ -56,7 +57,7 @@ def difference(
                 got = _run(copies[1], probe, training)
             except Exception as error:
                 return f"a replacement would fail on a small batch: {_first_line(error)}"
-            where = _compare("result", expected, got)
+            where = _compare("result", expected, got, _TOLERANCE[dtype])
             if where is not None:
                 mode = "training" if training else "evaluation"
                 return f"it computes something else in {mode}: {where}"
@@ -85,18 +86,18 @@ def _run(module: nn.Module, probe: tuple[Any, ...], training: bool) -> Any:
     return {"output": outputs, "state": dict(module.state_dict()), "gradients": gradients}
 
 
-def _double_on_cpu(module: nn.Module) -> nn.Module:
-    """A copy of `module` with all floating tensors in float64, on the CPU."""
+def _copy_on_cpu(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy of `module` with all floating tensors in `dtype`, on the CPU."""
     copies: dict[int, Any] = {}
     # Plain attributes too: a weight made by weight normalisation is one, and part of a graph.
     held = [value for part in module.modules() for value in part.__dict__.values()]
     tensors = [value for value in held if isinstance(value, Tensor)]
     for tensor in [*module.parameters(), *module.buffers(), *tensors]:
-        double = tensor.detach().to("cpu", copy=True)
-        double = double.double() if double.is_floating_point() else double
+        twin = tensor.detach().to("cpu", copy=True)
+        twin = twin.to(dtype) if twin.is_floating_point() else twin
         if isinstance(tensor, nn.Parameter):
-            double = nn.Parameter(double, requires_grad=tensor.requires_grad)
-        copies[id(tensor)] = double
+            twin = nn.Parameter(twin, requires_grad=tensor.requires_grad)
+        copies[id(tensor)] = twin
     return copy.deepcopy(module, copies)
 
 
@@ -115,7 +116,7 @@ def _tensors(name: str, value: Any) -> Iterator[tuple[str, Tensor]]:
             yield from _tensors(f"{name}[{position}]", item)
 
 
-def _compare(name: str, expected: Any, got: Any) -> str | None:
+def _compare(name: str, expected: Any, got: Any, tolerance: float) -> str | None:
     """The first difference of two results, in words."""
     want, have = dict(_tensors(name, expected)), dict(_tensors(name, got))
     if want.keys() != have.keys():
@@ -131,7 +132,7 @@ def _compare(name: str, expected: Any, got: Any) -> str | None:
         if tensor.is_floating_point():
             size = tensor.detach().abs().nan_to_num().max() if tensor.numel() else 0.0
             equal = torch.allclose(
-                tensor, other, rtol=0.0, atol=float(_TOLERANCE * size), equal_nan=True
+                tensor, other, rtol=0.0, atol=float(tolerance * size), equal_nan=True
             )
         else:
             equal = torch.equal(tensor, other)

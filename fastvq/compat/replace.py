@@ -204,6 +204,6 @@ def _check_untouched(module: nn.Module, bypassed: tuple[str, ...]) -> None:
 def _check_rehearsal(module: nn.Module, adapter: nn.Module, host: Host) -> None:
     if any(tensor.is_meta for tensor in [*module.parameters(), *module.buffers()]):
         raise Unsupported("its tensors are on the meta device; replace modules after loading")
-    found = difference(module, adapter, host.probe, host.fill)
+    found = difference(module, adapter, host.probe, host.fill, host.dtype)
     if found is not None:
         raise Unsupported(found)

@@ -56,7 +56,8 @@ def _adapt(host: Any) -> VectorQuantize:
     if getattr(host, "in_place_codebook_optimizer", None) is not None:
         raise Unsupported("in_place_codebook_optimizer is not supported")
     try:
-        adapter = VectorQuantize(**_arguments(host))
+        with torch.random.fork_rng(devices=[]):  # its own random codes are thrown away
+            adapter = VectorQuantize(**_arguments(host))
     except (TypeError, ValueError) as error:
         raise Unsupported(str(error).rstrip(".")) from None
     adapter.project_in, adapter.project_out = host.project_in, host.project_out
@@ -110,5 +111,6 @@ HOSTS = (
         adapt=_adapt,
         probe=_probe,
         fill=_fill,
+        dtype=torch.float32,  # both search in float32, whatever they are given
     ),
 )
