@@ -89,6 +89,10 @@ def _fill(host: Any) -> None:
     book.embed_avg.copy_(book.embed)
     book.cluster_size.fill_(1.0)
     book.initted.fill_(True)
+    # Its losses on all distances take their gradient at the codes after the step's update, which
+    # is written past autograd; ours take it at the codes that were compared.
+    if host.commitment_use_cross_entropy_loss or host.codebook_diversity_loss_weight > 0:
+        host.freeze_codebook = True
 
 
 def _probe(host: Any) -> tuple[Tensor]:
