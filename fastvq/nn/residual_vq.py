@@ -285,6 +285,11 @@ class ResidualVQ(ResidualLevels):
                 f"ResidualVQ.forward: indices must be {(*shape, self.num_quantizers)} to match x; "
                 f"got {tuple(given.shape)}."
             )
+        if not torch.compiler.is_compiling() and (given < 0).any():
+            raise ValueError(
+                "ResidualVQ.forward: indices must have no dropped level (−1); take them from "
+                "evaluation, where no level is dropped."
+            )
         return given.reshape(1, shape.numel(), self.num_quantizers)
 
 
