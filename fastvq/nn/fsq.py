@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from .finite_rows import projected
+
 
 class FSQ(nn.Module):
     """Round every channel to one of a few levels; the codebook is their product, never searched.
@@ -30,7 +32,7 @@ class FSQ(nn.Module):
     A channel's level is found by comparing z with the places where the rounded expression steps,
     computed in float64. It is the level of exact arithmetic, the same on every device, where
     float32 tanh can fall on either side of a step. A vector that holds NaN gets index −1 and NaN in
-    the channels that held it; ±Inf is the last level.
+    the channels that held it (all of them behind a projection); ±Inf is the last level.
 
     Args:
         levels: L of each channel of a code, ≥ 2 (2 needs `preserve_symmetry`).
@@ -156,7 +158,9 @@ class FSQ(nn.Module):
                 f"FSQ: z must have {self.dim} channels in dimension {1 if first else -1}; "
                 f"got {tuple(z.shape)}."
             )
-        rows = self.project_in(rows).unflatten(-1, (self.num_codebooks, self.codebook_dim))
+        rows = projected(self.project_in, rows).unflatten(
+            -1, (self.num_codebooks, self.codebook_dim)
+        )
         if self.orthogonal_rotation:
             rows = rows @ self.orthogonal_rot
         dtype = rows.dtype
@@ -168,7 +172,7 @@ class FSQ(nn.Module):
         codes = self.maybe_apply_noise(codes)
         if self.orthogonal_rotation:
             codes = codes @ self.orthogonal_rot.t().to(codes.dtype)
-        out = self.project_out(codes.flatten(-2).to(dtype))
+        out = projected(self.project_out, codes.flatten(-2).to(dtype))
         if first:
             out = out.movedim(-1, 1)
         if indices is not None and not self.keep_num_codebooks_dim:

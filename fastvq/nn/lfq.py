@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .binary_entropy import binary_entropies, sign_codes
+from .finite_rows import projected
 
 
 class LFQOutput(NamedTuple):
@@ -243,7 +244,7 @@ class LFQ(nn.Module):
                 f"LFQ: x must have {self.dim} channels in dimension {1 if first else -1}; "
                 f"got {tuple(x.shape)}."
             )
-        z = self.project_in(rows)
+        z = projected(self.project_in, rows)
         if self.soft_clamp_input_value is not None:
             z = (z / self.soft_clamp_input_value).tanh() * self.soft_clamp_input_value
         z = z.unflatten(-1, (self.num_codebooks, self.codebook_dim))
@@ -268,7 +269,7 @@ class LFQ(nn.Module):
             quantized = quantized.to(dtype)
         if self.orthogonal_rotation:
             quantized = quantized @ self.orthogonal_rot.t()
-        quantized = self.project_out(quantized.flatten(-2))
+        quantized = projected(self.project_out, quantized.flatten(-2))
         if first:
             quantized = quantized.movedim(-1, 1)
         if not self.keep_num_codebooks_dim:

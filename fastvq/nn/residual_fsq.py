@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .finite_rows import projected
 from .fsq import FSQ
 from .residual_levels import ResidualGroups, ResidualLevels
 
@@ -142,7 +143,9 @@ class ResidualFSQ(ResidualLevels):
         """
         rows = x.movedim(1, -1) if self.is_channel_first else x
         shape = rows.shape[:-1]
-        rows = self.project_in(rows.reshape(len(rows), math.prod(shape[1:]), rows.shape[-1]))
+        rows = projected(
+            self.project_in, rows.reshape(len(rows), math.prod(shape[1:]), rows.shape[-1])
+        )
         dtype = rows.dtype
         depth = self._depth(rand_quantize_dropout_fixed_seed, x.device, torch.is_grad_enabled())
         with torch.autocast(x.device.type, enabled=False):
@@ -161,7 +164,7 @@ class ResidualFSQ(ResidualLevels):
         dropped = [torch.full_like(levels[0], -1, dtype=torch.int64)]
         indices = torch.stack(levels + dropped * (self.num_quantizers - depth), dim=-1)
         indices = indices.reshape(*shape, self.num_quantizers)
-        out = self.project_out(quantized.to(dtype))
+        out = projected(self.project_out, quantized.to(dtype))
         out = out.reshape(*shape, out.shape[-1])
         all_codes = (self.get_codes_from_indices(indices),) if return_all_codes else ()
         if self.is_channel_first:
@@ -179,12 +182,13 @@ class GroupedResidualFSQ(ResidualGroups):
         kwargs: further arguments of `ResidualFSQ`.
     """
 
-    _quantizer = ResidualFSQ
-
     def __init__(
         self, *, dim: int, groups: int = 1, accept_image_fmap: bool = False, **kwargs: Any
     ) -> None:
-        super().__init__(dim=dim, groups=groups, accept_image_fmap=accept_image_fmap, **kwargs)
+        def make(width: int) -> ResidualFSQ:
+            return ResidualFSQ(dim=width, **kwargs)
+
+        super().__init__(make, dim, groups, accept_image_fmap)
         self.codebook_size = self.rvqs[0].codebook_size
 
     def forward(self, x: Tensor, return_all_codes: bool = False) -> tuple[Tensor, ...]:

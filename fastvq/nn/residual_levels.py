@@ -9,7 +9,7 @@ and how one level's residual reaches the next, is `residual_vq.py`, `residual_fs
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -116,20 +116,17 @@ class ResidualGroups(nn.Module):
     as many levels in every group. Yang et al. 2023, arXiv:2305.02765, sec. 3.
     """
 
-    _quantizer: type[ResidualLevels]
-
     def __init__(
-        self, *, dim: int, groups: int = 1, accept_image_fmap: bool = False, **kwargs: Any
+        self, make: Callable[[int], ResidualLevels], dim: int, groups: int, accept_image_fmap: bool
     ) -> None:
+        """`make` makes a group's quantizer of so many channels."""
         super().__init__()
-        name = type(self).__name__
         if groups < 1 or dim % groups:
-            raise ValueError(f"{name}: dim must be a multiple of groups; got {dim} and {groups}.")
+            raise ValueError(
+                f"{type(self).__name__}: dim must be a multiple of groups; got {dim} and {groups}."
+            )
         self.dim, self.groups, self.accept_image_fmap = dim, groups, accept_image_fmap
-        self.rvqs = nn.ModuleList(
-            self._quantizer(dim=dim // groups, **kwargs)  # type: ignore[call-arg]
-            for _ in range(groups)
-        )
+        self.rvqs = nn.ModuleList(make(dim // groups) for _ in range(groups))
 
     @property
     def codebooks(self) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .finite_rows import projected
 from .lfq import LFQ
 from .residual_levels import ResidualGroups, ResidualLevels
 
@@ -103,7 +104,7 @@ class ResidualLFQ(ResidualLevels):
         Returns:
             quantized, in x's shape and dtype; indices (B, N, Q) int64; losses (Q,).
         """
-        rows = self.project_in(x)
+        rows = projected(self.project_in, x)
         dtype = rows.dtype
         depth = self._depth(rand_quantize_dropout_fixed_seed, x.device, torch.is_grad_enabled())
         with torch.autocast(x.device.type, enabled=False):
@@ -119,7 +120,7 @@ class ResidualLFQ(ResidualLevels):
         dropped = self.num_quantizers - depth
         indices = torch.stack(levels + [torch.full_like(levels[0], -1)] * dropped, dim=-1)
         loss = torch.stack(losses + [torch.zeros_like(losses[0])] * dropped, dim=-1)
-        out = self.project_out(quantized.to(dtype))
+        out = projected(self.project_out, quantized.to(dtype))
         if not return_all_codes:
             return out, indices, loss
         return out, indices, loss, self.get_codes_from_indices(indices)
@@ -135,7 +136,13 @@ class GroupedResidualLFQ(ResidualGroups):
         kwargs: further arguments of `ResidualLFQ`.
     """
 
-    _quantizer = ResidualLFQ
+    def __init__(
+        self, *, dim: int, groups: int = 1, accept_image_fmap: bool = False, **kwargs: Any
+    ) -> None:
+        def make(width: int) -> ResidualLFQ:
+            return ResidualLFQ(dim=width, **kwargs)
+
+        super().__init__(make, dim, groups, accept_image_fmap)
 
     def forward(
         self, x: Tensor, mask: Tensor | None = None, return_all_codes: bool = False

@@ -156,6 +156,47 @@ struct Passes {
       }
     });
   }
+
+  static void subtract(const CodedRows& rows, const int64_t* indices, float* residual,
+                       int64_t first, int64_t last) {
+    const int64_t D = rows.D;
+    const Code* codes = static_cast<const Code*>(rows.codebook);
+    for (int64_t n = first; n < last; ++n) {
+      const X* x = static_cast<const X*>(rows.x) + n * D;
+      float* out = residual + n * D;
+      if (indices[n] < 0) {
+        for (int64_t d = 0; d < D; ++d) out[d] = NAN;
+        continue;
+      }
+      const Code* code = codes + indices[n] * D;
+      for (int64_t d = 0; d < D; d += kLanes) {
+        const int64_t count = lanes_left(D, d, kLanes);
+        const Floats row = load_floats<Floats>(x + d, count);
+        store_floats(row - load_floats<Floats>(code + d, count), out + d, count);
+      }
+    }
+  }
+
+  static void add_up(const CodedRows& rows, const int64_t* indices, int64_t Q, void* quantized,
+                     int64_t first, int64_t last) {
+    const int64_t D = rows.D, book = rows.K * D;
+    const Code* codes = static_cast<const Code*>(rows.codebook);
+    for (int64_t n = first; n < last; ++n) {
+      const int64_t* index = indices + n * Q;
+      Code* out = static_cast<Code*>(quantized) + n * D;
+      bool lost = false;
+      for (int64_t q = 0; q < Q; ++q) lost |= index[q] < 0;
+      for (int64_t d = 0; d < D; d += kLanes) {
+        const int64_t count = lanes_left(D, d, kLanes);
+        Floats sum = {};
+        if (lost) sum += NAN;
+        for (int64_t q = 0; q < Q && !lost; ++q) {
+          sum += load_floats<Floats>(codes + q * book + index[q] * D + d, count);
+        }
+        store_floats(sum, out + d, count);
+      }
+    }
+  }
 };
 
 constexpr int64_t kSumLanes = 8;
@@ -278,6 +319,17 @@ void backward(const CodedRows& rows, const int64_t* indices, const void* grad_qu
     passes.backward(rows, indices, grad_quantized, grad_distance, stride, rotation, grad_x, first,
                     last);
   });
+}
+
+void subtract(const CodedRows& rows, const int64_t* indices, float* residual, int64_t first,
+              int64_t last) {
+  with_types(rows, [&](auto passes) { passes.subtract(rows, indices, residual, first, last); });
+}
+
+void add_up(const CodedRows& rows, const int64_t* indices, int64_t Q, void* quantized,
+            int64_t first, int64_t last) {
+  with_code_type<float>(
+      rows, [&](auto passes) { passes.add_up(rows, indices, Q, quantized, first, last); });
 }
 
 void sum(const CodedRows& rows, const int64_t* order, int64_t count, int64_t first, int64_t last,

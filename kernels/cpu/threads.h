@@ -41,4 +41,11 @@ void run_workers(int workers, const Body& body) {
   for (std::thread& thread : threads) thread.join();
 }
 
+// Calls pass(first, last) with equal ranges of N rows of D elements.
+template <class Pass>
+void over_rows(int64_t N, int64_t D, int num_threads, const Pass& pass) {
+  const int workers = threads_for_rows(num_threads, N, D);
+  run_workers(workers, [&](int worker) { pass(N * worker / workers, N * (worker + 1) / workers); });
+}
+
 }  // namespace fastvq
