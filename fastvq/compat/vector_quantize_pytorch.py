@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvq.nn.codebook import Codebook
+from fastvq.nn.sim_vq import SimVQ
 from fastvq.nn.vector_quantize import VectorQuantize
 
-from .adapter import Host, Unsupported
+from .adapter import Host, Unsupported, adopt
 
 # Arguments that are attributes of the module under their own names, and of its codebook. Where a
 # release lacks one, the constructor's default stands.
@@ -102,6 +103,30 @@ def _probe(host: Any) -> tuple[Tensor]:
     return (torch.randn(shape, dtype=torch.float64),)
 
 
+def _adapt_sim_vq(host: Any) -> SimVQ:
+    adapter = adopt(SimVQ, host)  # attributes, buffer and transform have the same names
+    with torch.no_grad():
+        adapter.dim = host.code_transform(host.frozen_codebook[:1]).shape[-1]
+    return adapter
+
+
+def _probe_sim_vq(host: Any) -> tuple[Tensor]:
+    with torch.no_grad():
+        dim = host.code_transform(host.frozen_codebook[:1]).shape[-1]
+    return (torch.randn((2, dim, 6) if host.channel_first else (2, 6, dim)),)
+
+
+def _fill_sim_vq(host: Any) -> None:
+    host.frozen_codebook.normal_()
+
+
+def _construct_instead(host: Any) -> nn.Module:
+    name = type(host).__name__
+    raise Unsupported(
+        f"it is not swapped; construct fastvq.{name} with the same arguments and load its state"
+    )
+
+
 HOSTS = (
     Host(
         library="vector-quantize-pytorch",
@@ -116,5 +141,38 @@ HOSTS = (
         probe=_probe,
         fill=_fill,
         dtype=torch.float32,  # both search in float32, whatever they are given
+    ),
+    Host(
+        library="vector-quantize-pytorch",
+        class_name="SimVQ",
+        modules=("vector_quantize_pytorch.sim_vq",),
+        attributes=frozenset(
+            {
+                *("codebook_size", "channel_first", "code_transform", "frozen_codebook"),
+                *("rotation_trick", "input_to_quantize_commit_loss_weight", "commitment_weight"),
+            }
+        ),
+        without=frozenset(),
+        bypassed=(),
+        adapt=_adapt_sim_vq,
+        probe=_probe_sim_vq,
+        fill=_fill_sim_vq,
+    ),
+    *(
+        Host(
+            library="vector-quantize-pytorch",
+            class_name=class_name,
+            modules=(f"vector_quantize_pytorch.{module}",),
+            attributes=frozenset({"codebook_dim", "num_codebooks", "project_in", "project_out"}),
+            without=frozenset(),
+            bypassed=(),
+            adapt=_construct_instead,
+            probe=_probe,
+            fill=_fill,
+        )
+        for class_name, module in (
+            ("FSQ", "finite_scalar_quantization"),
+            ("LFQ", "lookup_free_quantization"),
+        )
     ),
 )

@@ -11,7 +11,7 @@ from tolerances import UNIT_ROUNDOFF
 from torch import Tensor, nn
 
 import fastvq
-from fastvq.nn import VectorQuantize
+from fastvq.nn import SimVQ, VectorQuantize
 
 theirs = pytest.importorskip("vector_quantize_pytorch")
 
@@ -104,6 +104,40 @@ def test_a_residual_quantizer_runs_on_what_was_put_into_it(options: dict[str, An
         theirs.ResidualVQ(dim=DIM, codebook_size=CODES, num_quantizers=3, **options)
     )
     assert_steps_equal(host, ours, VECTORS)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"channel_first": True, "rotation_trick": False},
+        {"codebook_transform": nn.Sequential(nn.Linear(5, 9), nn.ReLU(), nn.Linear(9, DIM))}
+        | {"frozen_codebook_dim": 5, "commitment_weight": 0.5},
+    ],
+    ids=lambda options: ", ".join(options),
+)
+def test_sim_vq(options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    host, ours = swapped(theirs.SimVQ(DIM, CODES, **options))
+    assert type(ours["q"]) is SimVQ
+    channel_first = options.get("channel_first", False)
+    assert_steps_equal(host, ours, (3, DIM, 20) if channel_first else VECTORS)
+    indices = torch.randint(0, CODES, (2, 5))
+    codes = [model["q"].indices_to_codes(indices) for model in (ours, host)]
+    torch.testing.assert_close(codes[0], codes[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("FSQ", {"levels": [8, 5, 5], "dim": DIM}), ("LFQ", {"dim": DIM, "codebook_size": CODES})],
+)
+def test_quantizers_without_a_search_are_left(name: str, options: dict[str, Any]) -> None:
+    model = nn.ModuleDict({"q": getattr(theirs, name)(**options)})
+    (report,) = fastvq.replace_modules(model)
+    assert not report.replaced
+    assert f"construct fastvq.{name}" in str(report)
+    own = getattr(fastvq, name)(**options)
+    own.load_state_dict(model["q"].state_dict())
 
 
 def test_tensors_stay_the_same() -> None:
