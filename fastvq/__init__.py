@@ -14,12 +14,23 @@ from fastvq.version import __version__
 _NAMES = {
     "CausalConv1d": "fastvq.nn",
     "Codebook": "fastvq.nn",
+    "FSQ": "fastvq.nn",
     "GatedMaskedConv2d": "fastvq.nn",
+    "GroupedResidualFSQ": "fastvq.nn",
+    "GroupedResidualLFQ": "fastvq.nn",
+    "GroupedResidualVQ": "fastvq.nn",
+    "LFQ": "fastvq.nn",
     "MaskedConv2d": "fastvq.nn",
+    "ResidualFSQ": "fastvq.nn",
+    "ResidualLFQ": "fastvq.nn",
+    "ResidualSimVQ": "fastvq.nn",
+    "ResidualVQ": "fastvq.nn",
+    "SimVQ": "fastvq.nn",
     "VectorQuantize": "fastvq.nn",
     "kmeans": "fastvq.nn",
+    "replace_modules": "fastvq.compat",
 }
-_MODULES = ("models", "nn", "ops", "reference", "sampling")
+_MODULES = ("compat", "models", "nn", "ops", "reference", "sampling")
 
 __all__ = ["__version__", *_NAMES, *_MODULES]
 

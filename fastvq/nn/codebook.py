@@ -1,9 +1,9 @@
 """The codebook of a quantizer and everything that changes it.
 
-Lives here: the codes and their running statistics, the EMA update, k-means initialisation, revival
-of dead codes, and keeping all of these equal on every process. The search, the straight-through
-gradient and the two losses are ops; projections, heads and picture layouts are the modules' that
-own a codebook.
+Lives here: the codes and their running statistics, and when they start, follow, restart. How they
+do is `ema.py` (the averages), `codebook_start.py` (k-means) and `revival.py` (dead codes). The
+search, the straight-through gradient and the two losses are ops; projections, heads and picture
+layouts are the modules' that own a codebook.
 """
 
 from __future__ import annotations
@@ -12,15 +12,20 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvq import ops
+from fastvq.ops.code_statistics import statistics_of_search
 
-from .kmeans import kmeans
+from . import ema
+from .codebook_start import cluster_rows
+from .processes import summed
+from .revival import draw_rows
 
-# k-means initialisation sees at most this many rows per code, drawn at random.
-_INIT_ROWS_PER_CODE = 32
+METRICS = ("l2", "cosine")
+# A weight of an update by code: (K,) or (h, K), or a function of the batch's sums and counts.
+UpdateWeight = Tensor | Callable[[Tensor, Tensor], Tensor]
 
 
 class CodebookOutput(NamedTuple):
@@ -46,9 +51,12 @@ class Codebook(nn.Module):
         N[k] ← γN[k] + (1−γ)n[k],   m[k] ← γm[k] + (1−γ)s[k]
         e[k] = m[k] / Ñ[k],   Ñ[k] = ΣN · (N[k] + ε) / (ΣN + Kε)
 
-    (γ is `decay`, ε `eps`; the smoothed count Ñ is the divisor only, N is stored unsmoothed.) With
-    `learnable=True` the codes are a parameter that the codebook loss moves; N is kept for usage
-    and revival, m is not used.
+    (γ is `decay`, ε `eps`; the smoothed count Ñ is the divisor only, N is stored unsmoothed. Other
+    rules are `ema_rule`'s, see `fastvq.nn.ema`.) With `learnable=True` the codes are a parameter
+    that the codebook loss moves; N and m are kept for usage and revival.
+
+    With `metric="cosine"` rows and codes have unit length, the nearest code is the one of
+    greatest dot product, and the losses are those of the unit rows.
 
     Dead codes: after the update, a code with N[k] below `revive_below` · mean N restarts at a
     random counted row of the batch, with N[k] = mean N and m[k] to match (with
@@ -63,26 +71,36 @@ class Codebook(nn.Module):
     With `torch.distributed` running at the time of the call, statistics are those of all processes
     together, and initialisation and revival take rows of any; every process ends with the same
     codes to the bit. Every process must make the same training calls, empty batches included.
+    `sync=False` keeps each process to itself.
 
     State, float32 whatever dtype the module is cast to: `initted ()` bool, `cluster_size (h, K)`
-    (N), `embed_avg (h, K, D)` (m), `embed (h, K, D)` (e).
+    (N), `embed_avg (h, K, D)` (m), `embed (h, K, D)` (e); for the debiased rule also
+    `ema_steps (h, 1)` (t).
 
     Args:
         num_codes: K.
         dim: D.
         num_codebooks: h independent codebooks, each for its own rows x[h].
-        learnable: codes are a parameter instead of moving averages.
-        decay: γ in [0, 1).
+        learnable: codes are a parameter.
+        metric: "l2" or "cosine".
+        decay: γ in [0, 1].
         eps: ε > 0.
+        ema_rule: "smoothed_divisor", "smoothed_counts" or "debiased".
+        ema_update: the codes follow the averages; None means `not learnable`.
+        manual_ema_update: they do so only when `update_ema` is called.
         kmeans_init: start from k-means on the first training batch (on at most 32·K of its rows);
             otherwise from uniform random codes in ±√(6 / KD), with counts of one.
         kmeans_iterations: Lloyd iterations of that start.
+        kmeans_weight: what the counts of that start are multiplied by to give N; None means 1−γ,
+            as if they were the first batch of averages that began at nothing, so that codes can
+            follow an encoder that still changes fast.
         revive_below: dead-code threshold as a fraction of the mean count; 0 switches revival off.
             With decay 0.99 and 0.1, a code that is never used restarts after some 230 steps, and
             after a few in the first steps from k-means, when counts are still small.
         revive_below_count: dead-code threshold in rows per batch instead; 0 leaves it at the
             fraction.
         gradient: "straight_through" or "rotation", the gradient of `quantized` to x.
+        sync: share statistics, start and restarts with all processes.
         seed: of the k-means start.
     Raises:
         ValueError: an argument out of its range.
@@ -94,6 +112,9 @@ class Codebook(nn.Module):
     cluster_size: Tensor
     embed_avg: Tensor
     embed: Tensor
+    ema_steps: Tensor
+    _waiting_counts: Tensor | None
+    _waiting_sums: Tensor | None
 
     def __init__(
         self,
@@ -102,13 +123,19 @@ class Codebook(nn.Module):
         *,
         num_codebooks: int = 1,
         learnable: bool = False,
+        metric: str = "l2",
         decay: float = 0.99,
         eps: float = 1e-5,
+        ema_rule: str = "smoothed_divisor",
+        ema_update: bool | None = None,
+        manual_ema_update: bool = False,
         kmeans_init: bool = True,
         kmeans_iterations: int = 10,
+        kmeans_weight: float | None = None,
         revive_below: float = 0.1,
         revive_below_count: float = 0.0,
         gradient: str = "straight_through",
+        sync: bool = True,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -119,8 +146,8 @@ class Codebook(nn.Module):
         ):
             if size < 1:
                 raise ValueError(f"Codebook: {name} must be at least 1; got {size}.")
-        if not 0.0 <= decay < 1.0:
-            raise ValueError(f"Codebook: decay must be in [0, 1); got {decay}.")
+        if not 0.0 <= decay <= 1.0:
+            raise ValueError(f"Codebook: decay must be in [0, 1]; got {decay}.")
         if not eps > 0.0:
             raise ValueError(f"Codebook: eps must be positive; got {eps}.")
         if not 0.0 <= revive_below < 1.0:
@@ -129,23 +156,46 @@ class Codebook(nn.Module):
             raise ValueError(
                 f"Codebook: revive_below_count must be at least 0; got {revive_below_count}."
             )
+        for name, value, allowed in (
+            ("metric", metric, METRICS),
+            ("ema_rule", ema_rule, ema.RULES),
+        ):
+            if value not in allowed:
+                raise ValueError(
+                    f"Codebook: {name} must be one of {', '.join(allowed)}; got {value!r}."
+                )
         self.num_codes, self.dim, self.num_codebooks = num_codes, dim, num_codebooks
-        self.learnable, self.decay, self.eps = learnable, decay, eps
+        self.learnable, self.metric, self.decay, self.eps = learnable, metric, decay, eps
+        self.ema_rule, self.manual_ema_update = ema_rule, manual_ema_update
+        self.ema_update = not learnable if ema_update is None else ema_update
         self.kmeans_iterations, self.seed = kmeans_iterations, seed
+        self.kmeans_weight = 1.0 - decay if kmeans_weight is None else kmeans_weight
         self.revive_below, self.revive_below_count = revive_below, revive_below_count
-        self.gradient = gradient
-        embed = torch.empty(num_codebooks, num_codes, dim, dtype=torch.float32)
-        nn.init.kaiming_uniform_(embed)
-        self.register_buffer("initted", torch.tensor(not kmeans_init))
-        self.register_buffer("cluster_size", torch.ones(embed.shape[:2], dtype=torch.float32))
-        self.register_buffer("embed_avg", embed.clone())
-        if learnable:
-            self.embed = nn.Parameter(embed)
-        else:
-            self.register_buffer("embed", embed)
+        self.gradient, self.sync = gradient, sync
+        self._register_state(kmeans_init)
         # Whether initted is known to be true: reading the buffer waits for the device, so it is
         # read in training steps until it is true, then not again until a state is loaded.
         self._known_initted = not kmeans_init
+
+    def _register_state(self, kmeans_init: bool) -> None:
+        embed = torch.empty(self.num_codebooks, self.num_codes, self.dim, dtype=torch.float32)
+        nn.init.kaiming_uniform_(embed)
+        if self.metric == "cosine":
+            embed = _unit(embed)
+        self.register_buffer("initted", torch.tensor(not kmeans_init))
+        self.register_buffer("cluster_size", torch.ones(embed.shape[:2], dtype=torch.float32))
+        self.register_buffer("embed_avg", embed.clone())
+        if self.ema_rule == "debiased":
+            self.cluster_size.zero_()
+            self.embed_avg.zero_()
+            self.register_buffer("ema_steps", torch.zeros(self.num_codebooks, 1))
+        if self.learnable:
+            self.embed = nn.Parameter(embed)
+        else:
+            self.register_buffer("embed", embed)
+        # Statistics that wait for a later update, see `observe`.
+        self.register_buffer("_waiting_counts", None, persistent=False)
+        self.register_buffer("_waiting_sums", None, persistent=False)
 
     def extra_repr(self) -> str:
         kind = "gradient" if self.learnable else f"ema, decay={self.decay}"
@@ -190,19 +240,21 @@ class Codebook(nn.Module):
                 f"({self.num_codebooks}, N, {self.dim}); got {tuple(x.shape)}."
             )
         updating = self.training and not freeze
+        heads = self.transform_input(heads)
         if updating:
-            self._initialise(heads, mask)
-        # The update below writes into `embed` while the graph may still need its present value.
-        codes = self.embed.clone() if updating else self.embed
-        out = ops.vector_quantize(heads, codes, mask=mask, gradient=self.gradient)
-        counts = self._update(heads, out.indices) if updating else self._histogram(out.indices)
+            self.init_embed_(heads, mask)
+        out = self.assign(heads, mask, changes=updating)
+        if updating:
+            counts = self.observe(heads, out.indices, follow=self.ema_update)
+        else:
+            counts = self._histogram(out.indices)
         usage = self._usage()
-        if updating and (self.revive_below > 0.0 or self.revive_below_count > 0.0):
-            self._revive(heads, out.indices)
-        commitment = self._mean(out.commitment, out.indices)
+        if updating:
+            self._revive(heads, out.indices >= 0)
+        commitment = self.mean(out.commitment, out.indices)
         codebook = commitment.new_zeros(())
         if self.learnable:
-            codebook = self._mean(out.codebook, out.indices)
+            codebook = self.mean(out.codebook, out.indices)
         perplexity = _perplexity(counts)
         quantized, indices = out.quantized.to(x.dtype), out.indices
         if x.dim() == 2:
@@ -210,7 +262,32 @@ class Codebook(nn.Module):
             perplexity, usage = perplexity[0], usage[0]
         return CodebookOutput(quantized, indices, commitment, codebook, perplexity, usage)
 
-    def _mean(self, loss: Tensor, indices: Tensor) -> Tensor:
+    def transform_input(self, x: Tensor) -> Tensor:
+        """x as it is compared with the codes: of unit length for the cosine, else unchanged."""
+        return _unit(x) if self.metric == "cosine" else x
+
+    @property
+    def search_metric(self) -> str:
+        """What `fastvq.ops` calls this codebook's metric."""
+        return "dot" if self.metric == "cosine" else "l2"
+
+    def codes(self, changes: bool) -> Tensor:
+        """`embed`, for use in this forward.
+
+        Where this forward goes on to change it in place (`changes`), a copy: the graph may need
+        the present value.
+        """
+        return self.embed.clone() if changes and torch.is_grad_enabled() else self.embed
+
+    def assign(
+        self, x: Tensor, mask: Tensor | None = None, *, changes: bool = False
+    ) -> ops.VectorQuantizeOutput:
+        """The nearest codes of transformed rows x (h, N, D)."""
+        return ops.vector_quantize(
+            x, self.codes(changes), mask=mask, metric=self.search_metric, gradient=self.gradient
+        )
+
+    def mean(self, loss: Tensor, indices: Tensor) -> Tensor:
         """Mean of the (h, N) sums over D over the rows that have a code, and D."""
         counted = indices >= 0
         total = torch.where(counted, loss, 0.0).sum()
@@ -228,132 +305,202 @@ class Codebook(nn.Module):
         return (self.cluster_size >= threshold).float().mean(dim=1)
 
     @torch.no_grad()
-    def _update(self, x: Tensor, indices: Tensor) -> Tensor:
-        """One EMA step on the state, of all processes' rows; returns the batch's counts."""
-        counts, sums = ops.code_statistics(x, indices, self.num_codes)
-        if _world_size() > 1:
-            # One tensor, one collective.
-            fused = torch.cat([counts[..., None], sums], dim=-1)
-            dist.all_reduce(fused)
-            counts, sums = fused[..., 0].contiguous(), fused[..., 1:].contiguous()
-        some = counts.sum(dim=1, keepdim=True) > 0
-        kept = torch.where(some, self.decay, 1.0)
-        self.cluster_size.copy_(kept * self.cluster_size + (1.0 - kept) * counts)
-        if self.learnable:
+    def observe(
+        self,
+        x: Tensor,
+        indices: Tensor,
+        *,
+        follow: bool,
+        weight: UpdateWeight | None = None,
+        accumulate: bool = False,
+    ) -> Tensor:
+        """Take the rows of all processes into the averages; returns the batch's counts (h, K).
+
+        Args:
+            x: (h, N, D) transformed rows.
+            indices: (h, N) their codes; −1 does not count.
+            follow: move the codes too, unless updates are manual.
+            weight: (K,) or (h, K), multiplies 1−γ by code; or a function that gets the sums
+                (h, K, D) and counts (h, K) and returns it.
+            accumulate: only keep the statistics, for the next update without it.
+        """
+        counts, sums = statistics_of_search(x, indices, self.num_codes)
+        counts, sums = summed(counts.float(), sums.float(), self.sync)
+        if callable(weight):
+            weight = weight(sums, counts)
+        if accumulate or self._waiting_counts is not None:
+            counts, sums = self._with_waiting(counts, sums, accumulate)
+        if accumulate:
             return counts
-        kept = kept[..., None]
-        self.embed_avg.copy_(kept * self.embed_avg + (1.0 - kept) * sums)
-        total = self.cluster_size.sum(dim=1, keepdim=True)
-        smoothed = total * (self.cluster_size + self.eps) / (total + self.num_codes * self.eps)
-        followed = self.embed_avg / smoothed[..., None]
-        self.embed.copy_(torch.where(some[..., None], followed, self.embed))
+        # 1 where the batch has a counted row, else 0: a batch without one changes nothing.
+        some = counts.sum(dim=1, keepdim=True).clamp(max=1.0)
+        step = some * (1.0 - self.decay)
+        if weight is not None:
+            step = step * self._by_code(weight)
+        self.cluster_size.lerp_(counts, step)
+        self.embed_avg.lerp_(sums.clamp(-ema.LARGEST_SUM, ema.LARGEST_SUM), step[..., None])
+        if self.ema_rule == "smoothed_counts":
+            self.cluster_size.lerp_(ema.laplace_smoothed(self.cluster_size, self.eps), some)
+        elif self.ema_rule == "debiased":
+            self.ema_steps.add_(some)
+        if follow and not self.manual_ema_update:
+            self.embed.copy_(torch.where(some[..., None] > 0, self._followed(), self.embed))
         return counts
 
     @torch.no_grad()
-    def _revive(self, x: Tensor, indices: Tensor) -> None:
-        """Restart codes with a small running count at rows of the batch, without a host sync.
+    def learn_from(
+        self,
+        x: Tensor,
+        indices: Tensor,
+        *,
+        follow: bool,
+        weight: UpdateWeight | None = None,
+        accumulate: bool = False,
+    ) -> None:
+        """A whole training update: `observe`, then restart dead codes."""
+        self.observe(x, indices, follow=follow, weight=weight, accumulate=accumulate)
+        if not accumulate:
+            self._revive(x, indices >= 0)
 
-        The j-th of M dead codes takes a uniform draw from the j-th of M equal slices of the
-        counted rows of all processes, so that two codes rarely restart at the same row.
+    def collect_gradient(self, x: Tensor, indices: Tensor) -> Tensor:
+        """Add to `embed.grad` that of the mean ‖sg[x] − e‖² of all processes; returns the own mean.
+
+        The mean divides by rows that count and D.
         """
+        with torch.enable_grad():
+            out = ops.quantize_to_indices(x.detach(), self.embed, indices)
+            loss = self.mean(out.codebook, indices)
+            (grad,) = torch.autograd.grad(loss, self.embed)
+        rows = (indices >= 0).sum()
+        weight = rows.expand(self.embed.shape[:2]).float()
+        total, grad = summed(weight, grad * rows, self.sync)
+        grad = grad / total[..., None].clamp(min=1.0)
+        self.embed.grad = grad if self.embed.grad is None else self.embed.grad + grad
+        return loss.detach()
+
+    def _with_waiting(
+        self, counts: Tensor, sums: Tensor, accumulate: bool
+    ) -> tuple[Tensor, Tensor]:
+        """The statistics plus those that waited; they wait on if `accumulate`."""
+        if self._waiting_counts is not None and self._waiting_sums is not None:
+            counts, sums = counts + self._waiting_counts, sums + self._waiting_sums
+        self._waiting_counts = counts if accumulate else None
+        self._waiting_sums = sums if accumulate else None
+        return counts, sums
+
+    def _by_code(self, weight: Tensor) -> Tensor:
+        """An update's weight as (1, K) or (h, K)."""
+        by_code = weight[None] if weight.dim() == 1 else weight
+        if by_code.shape not in ((1, self.num_codes), self.cluster_size.shape):
+            raise ValueError(
+                f"Codebook: ema_update_weight must be ({self.num_codes},) or "
+                f"{tuple(self.cluster_size.shape)}; got {tuple(weight.shape)}."
+            )
+        return by_code.to(self.cluster_size)
+
+    def _followed(self) -> Tensor:
+        """The codes that the averages give."""
+        debias = None
+        if self.ema_rule == "debiased":
+            debias = (1.0 - self.decay**self.ema_steps).clamp(min=1e-12)
+        codes = ema.codes_of_averages(
+            self.ema_rule, self.cluster_size, self.embed_avg, self.eps, debias
+        )
+        return _unit(codes) if self.metric == "cosine" else codes
+
+    @torch.no_grad()
+    def update_ema(self) -> None:
+        """Move the codes to where the averages are, as `manual_ema_update` leaves to the caller."""
+        self.embed.copy_(self._followed())
+
+    @torch.no_grad()
+    def update_indices(
+        self,
+        x: Tensor,
+        indices: Tensor,
+        mask: Tensor | None = None,
+        ema_update_weight: UpdateWeight | None = None,
+        accum_ema_update: bool = False,
+        ema_update: bool | None = None,
+    ) -> None:
+        """An update by transformed rows x (h, N, D) whose codes are known, in any mode."""
+        follow = self.ema_update if ema_update is None else ema_update
+        if not (follow or self.revives):
+            return
+        counted = (indices >= 0) & x.isfinite().all(dim=-1)
+        if mask is not None:
+            counted = counted & mask
+        indices = torch.where(counted, indices, -1)
+        self.observe(
+            x, indices, follow=follow, weight=ema_update_weight, accumulate=accum_ema_update
+        )
+        if not accum_ema_update:
+            self.expire_codes_(x, mask)
+
+    @property
+    def revives(self) -> bool:
+        """Whether dead codes restart."""
+        return self.revive_below > 0.0 or self.revive_below_count > 0.0
+
+    def expire_codes_(self, x: Tensor, mask: Tensor | None = None) -> None:
+        """In training, restart dead codes at counted ones of the transformed rows x (h, N, D)."""
+        if not (self.training and self.revives):
+            return
+        counted = x.isfinite().all(dim=-1)
+        self._revive(x, counted if mask is None else counted & mask)
+
+    @torch.no_grad()
+    def _revive(self, x: Tensor, counted: Tensor) -> None:
+        if not self.revives:
+            return
         mean = self.cluster_size.mean(dim=1, keepdim=True)
         restart, threshold = mean, self.revive_below * mean
         if self.revive_below_count > 0.0:
             restart = threshold = torch.full_like(mean, self.revive_below_count)
-        dead = self.cluster_size < threshold
-        counted = (indices >= 0).long().cumsum(dim=1)  # how many counted rows up to this one
-        local = counted[:, -1:] if counted.shape[1] else counted.new_zeros(len(counted), 1)
-        uniform = torch.rand(dead.shape, dtype=torch.float64).to(x.device, non_blocking=True)
-        first, total = torch.zeros_like(local), local
-        if _world_size() > 1:
-            # Every process learns all row numbers and takes process 0's draws.
-            rank = dist.get_rank()
-            shared = uniform.new_zeros(self.num_codebooks, self.num_codes + _world_size())
-            if rank == 0:
-                shared[:, : self.num_codes] = uniform
-            shared[:, self.num_codes + rank] = local[:, 0].double()
-            dist.all_reduce(shared)
-            uniform, rows = shared[:, : self.num_codes], shared[:, self.num_codes :].long()
-            first, total = rows[:, :rank].sum(dim=1, keepdim=True), rows.sum(dim=1, keepdim=True)
-        dead = dead & (total > 0)
-        slot = dead.long().cumsum(dim=1) - 1
-        slots = dead.long().sum(dim=1, keepdim=True).clamp(min=1)
-        drawn = ((slot + uniform) / slots * total).long().clamp(min=0)
-        drawn = torch.minimum(drawn, (total - 1).clamp(min=0)) - first
-        here = dead & (drawn >= 0) & (drawn < local)
-        position = torch.searchsorted(counted, drawn + 1).clamp(max=max(x.shape[1] - 1, 0))
-        fresh = self.embed_avg.new_zeros(self.embed_avg.shape)
-        if x.shape[1]:
-            taken = x.float().gather(1, position[..., None].expand(-1, -1, self.dim))
-            fresh = torch.where(here[..., None], taken, fresh)
-        if _world_size() > 1:
-            dist.all_reduce(fresh)  # one process holds the row, the others add zeros: exact
+        dead, rows = draw_rows(x, counted, self.cluster_size < threshold, self.sync)
         self.cluster_size.copy_(torch.where(dead, restart, self.cluster_size))
-        self.embed.copy_(torch.where(dead[..., None], fresh, self.embed))
-        if not self.learnable:
-            sums = fresh * restart[..., None]
-            self.embed_avg.copy_(torch.where(dead[..., None], sums, self.embed_avg))
+        self.embed.copy_(torch.where(dead[..., None], rows, self.embed))
+        sums = (rows * restart[..., None]).clamp(-ema.LARGEST_SUM, ema.LARGEST_SUM)
+        self.embed_avg.copy_(torch.where(dead[..., None], sums, self.embed_avg))
 
     @torch.no_grad()
-    def _initialise(self, x: Tensor, mask: Tensor | None) -> None:
-        """k-means on the first training batch that has a counted row in every codebook."""
+    def init_embed_(self, x: Tensor, mask: Tensor | None = None) -> None:
+        """k-means on transformed rows x (h, N, D), once every codebook has a counted row.
+
+        Does nothing where the codes have started already.
+        """
         if self._known_initted or bool(self.initted):
             self._known_initted = True
             return
         counted = x.isfinite().all(dim=-1)
         if mask is not None:
             counted = counted & mask
-        samples = [self._gathered(rows[keep]) for rows, keep in zip(x.float(), counted)]
-        if min(total for _, total in samples) == 0:
+        start = cluster_rows(
+            x,
+            counted,
+            self.num_codes,
+            iterations=self.kmeans_iterations,
+            metric=self.metric,
+            seed=self.seed,
+            shared=self.sync,
+        )
+        if start is None:
             return
-        for head, (rows, total) in enumerate(samples):
-            codes, indices = kmeans(
-                rows, self.num_codes, self.kmeans_iterations, seed=self.seed + head
-            )
-            counts, _ = ops.code_statistics(rows, indices, self.num_codes)
-            if _world_size() > 1:
-                fused = torch.cat([counts[:, None], codes], dim=1)
-                dist.broadcast(fused, 0)
-                counts, codes = fused[:, 0], fused[:, 1:]
-            # The state one EMA step away from nothing, as if the sample were the whole batch: the
-            # codes can follow an encoder that still changes fast, and those it leaves behind are
-            # soon below the mean. A code without rows counts as if it had one.
-            counts = (counts * (total / len(rows))).clamp(min=1.0)
-            self.cluster_size[head] = (1.0 - self.decay) * counts
-            self.embed[head] = codes
-            self.embed_avg[head] = codes * self.cluster_size[head][:, None]
+        codes, counts = start
+        # A code without rows counts as if it had one.
+        self.cluster_size.copy_(self.kmeans_weight * counts.clamp(min=1.0))
+        self.embed.copy_(codes)
+        self.embed_avg.copy_(codes * self.cluster_size[..., None])
         self.initted.fill_(True)
         self._known_initted = True
 
-    def _gathered(self, rows: Tensor) -> tuple[Tensor, int]:
-        """At most 32·K of the rows, of all processes in order of rank, and how many there were."""
-        world, limit = _world_size(), _INIT_ROWS_PER_CODE * self.num_codes
-        sizes = [len(rows)]
-        if world > 1:
-            all_sizes = [rows.new_zeros(1, dtype=torch.int64) for _ in range(world)]
-            dist.all_gather(all_sizes, torch.tensor(sizes, device=rows.device))
-            sizes = [int(size) for size in all_sizes]
-        share = min(max(sizes), -(-limit // world))
-        if len(rows) > share:
-            generator = torch.Generator().manual_seed(self.seed)
-            chosen = torch.randperm(len(rows), generator=generator)[:share].sort().values
-            rows = rows[chosen.to(rows.device)]
-        if world > 1:
-            # Every process contributes the same number of rows, zeros at the end of a short one.
-            padded = rows.new_zeros(share, self.dim)
-            padded[: len(rows)] = rows
-            parts = [torch.empty_like(padded) for _ in range(world)]
-            dist.all_gather(parts, padded)
-            rows = torch.cat([part[: min(size, share)] for part, size in zip(parts, sizes)])
-        return rows, sum(sizes)
+
+def _unit(x: Tensor) -> Tensor:
+    """Rows of length one; a length below 1e-6 counts as 1e-6."""
+    return F.normalize(x, dim=-1, eps=1e-6)
 
 
 def _perplexity(counts: Tensor) -> Tensor:
     """exp of the entropy in nats of the histogram `counts` (h, K); 1 if it is empty."""
     share = counts / counts.sum(dim=1, keepdim=True).clamp(min=1.0)
     return torch.special.entr(share).sum(dim=1).exp()
-
-
-def _world_size() -> int:
-    """Number of processes, asked anew at every call: the group may start after the module."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

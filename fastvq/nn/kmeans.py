@@ -7,6 +7,7 @@ codebook up to date during training is `codebook.py`.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastvq import ops
@@ -18,11 +19,18 @@ _MAX_DRAWS = 1024
 
 @torch.no_grad()
 def kmeans(
-    x: Tensor, num_codes: int, iterations: int = 10, seed: int = 0, *, init: str = "kmeans++"
+    x: Tensor,
+    num_codes: int,
+    iterations: int = 10,
+    seed: int = 0,
+    *,
+    init: str = "kmeans++",
+    metric: str = "l2",
 ) -> tuple[Tensor, Tensor]:
     """Codes that (locally) minimise the squared distance of the rows to their nearest code.
 
-        index[n] = argmin_k ‖x[n] − c[k]‖²,   c[k] ← mean of the rows with index k
+        l2:      index[n] = argmin_k ‖x[n] − c[k]‖²,   c[k] ← mean of the rows with index k
+        cosine:  index[n] = argmax_k x̂[n]·c[k],         c[k] ← that mean of x̂ = x/‖x‖, of length 1
 
     A code without rows moves to the row farthest from its own code (the next empty code to the
     next farthest). Stops early once no index changes. Nothing of size N×K is allocated, and the
@@ -37,12 +45,13 @@ def kmeans(
         init: "kmeans++" (rows drawn with probability proportional to their squared distance from
             the rows drawn before; above 1024 codes, in 1024 groups whose members do not see each
             other) or "random" (rows drawn uniformly, without replacement).
+        metric: "l2" or "cosine".
     Returns:
-        codebook (K, D) float32, and indices (N,) int64 of each row's nearest code in it; −1 for
-        rows that were left out.
+        codebook (K, D) float32, rows of unit length for "cosine", and indices (N,) int64 of each
+        row's nearest code in it; −1 for rows that were left out.
     Raises:
         ValueError: a bad shape or value, or no finite row at all.
-    Lloyd 1982; Arthur & Vassilvitskii 2007 (k-means++).
+    Lloyd 1982; Arthur & Vassilvitskii 2007 (k-means++); Dhillon & Modha 2001 (cosine).
     """
     if x.dim() != 2 or not x.is_floating_point():
         raise ValueError(
@@ -53,6 +62,11 @@ def kmeans(
             raise ValueError(f"kmeans: {name} must be at least {least}; got {value}.")
     if init not in ("kmeans++", "random"):
         raise ValueError(f"kmeans: init must be 'kmeans++' or 'random'; got {init!r}.")
+    if metric not in ("l2", "cosine"):
+        raise ValueError(f"kmeans: metric must be 'l2' or 'cosine'; got {metric!r}.")
+    if metric == "cosine":
+        # Of unit rows the nearest code of unit length is the one of greatest cosine.
+        x = _unit(x.float())
     rows = x[x.isfinite().all(dim=1)].float()
     if rows.shape[0] == 0:
         raise ValueError(f"kmeans: x must have a finite row; none of its {len(x)} rows is.")
@@ -65,8 +79,14 @@ def kmeans(
         if previous is not None and torch.equal(indices, previous):
             break
         codebook = _moved(rows, codebook, indices, distance)
+        if metric == "cosine":
+            codebook = _unit(codebook)
         previous = indices
     return codebook, ops.nearest_code(x, codebook)
+
+
+def _unit(x: Tensor) -> Tensor:
+    return F.normalize(x, dim=-1, eps=1e-6)
 
 
 def _random_rows(rows: Tensor, num_codes: int, generator: torch.Generator) -> Tensor:

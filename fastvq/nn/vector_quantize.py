@@ -1,7 +1,8 @@
 """`VectorQuantize`, a drop-in for the module of that name in vector-quantize-pytorch.
 
 Lives here: the argument list, the layouts (channel first, pictures, videos, heads), projections and
-the return values of that library. The codebook and its updates are `codebook.py`.
+the return values of that library. The codebook and its updates are `codebook.py`, choosing codes by
+all their scores `code_scores.py`, losses beyond commitment `codebook_losses.py`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .codebook import Codebook
+from fastvq import ops
+from fastvq.ops.code_statistics import rows_of_codes
+
+from .code_scores import choose_codes, soft_gradient
+from .codebook import Codebook, UpdateWeight
+from .codebook_losses import cross_entropy, diversity_loss, orthogonal_loss
+from .implicit_codes import quantize_to_own_codes
+from .processes import world_size
+
+CodebookTransform = Callable[[Tensor], Tensor]
 
 
 class LossBreakdown(NamedTuple):
@@ -23,6 +33,31 @@ class LossBreakdown(NamedTuple):
     codebook_diversity: Tensor
     orthogonal_reg: Tensor
     inplace_optimize: Tensor
+
+
+class _Call(NamedTuple):
+    """One forward's rows and options."""
+
+    z: Tensor  # (h, N, D), projected, in heads, of unit length where the metric asks for it
+    shape: torch.Size  # x's, without channels
+    mask: Tensor | None  # (N,) bool
+    topk: int | None = None
+    temperature: float = 0.0
+    transform: CodebookTransform | None = None
+    frozen: bool = False
+    follows: bool = False
+
+
+class _Chosen(NamedTuple):
+    """The codes of a call's rows: `fastvq.ops.VectorQuantizeOutput`, then what led to them."""
+
+    quantized: Tensor
+    indices: Tensor
+    commitment: Tensor
+    codebook: Tensor
+    codes: Tensor  # (h, K, D), those that were compared
+    own: Tensor | None = None  # the chosen rows where they are no rows of `codes`
+    optimised: Tensor | None = None  # the loss of the in-place optimizer
 
 
 class VectorQuantize(nn.Module):
@@ -37,9 +72,11 @@ class VectorQuantize(nn.Module):
     trick's unless `rotation_trick=False`, then straight-through. Where that library's indices
     depend on rounding these are exact, and state stays float32 in a half-precision model.
 
-    Arguments keep their order, names and defaults. Those that this version does not support are
-    refused by name when set to anything but their default. With several processes statistics,
-    k-means and revived codes are always shared.
+    Arguments keep their order, names and defaults. The few that are not supported are refused by
+    name when set to anything but their default; docs/migration.md lists every argument, and where
+    results differ on purpose. With several processes statistics, k-means and revived codes are
+    shared. Scores of all codes, which sampling, diversity and cross-entropy need, are made in
+    blocks: nothing of size N×K is allocated.
 
     Args:
         dim: channels of x.
@@ -49,19 +86,40 @@ class VectorQuantize(nn.Module):
         heads: split z into this many vectors, each with its own index.
         separate_codebook_per_head: a codebook for each head instead of one for all.
         decay, eps: of the moving averages.
-        freeze_codebook: never change the codes.
+        freeze_codebook: never change the codes after their start.
         kmeans_init, kmeans_iters: start from k-means on the first training batch.
+        sync_kmeans: k-means over all processes' rows; False is refused with several of them.
+        use_cosine_sim: compare, and keep, z and codes at unit length.
+        layernorm_after_project_in: a LayerNorm behind the projection.
         threshold_ema_dead_code: restart codes whose running count is below this many rows.
         channel_last: x is (B, N, dim), else (B, dim, N).
         accept_image_fmap, accept_3d_fmap: x is (B, dim, H, W), or (B, dim, T, H, W).
-        commitment_weight: weight of the loss.
-        rotation_trick: None means True.
+        commitment_weight: weight of the commitment loss.
+        commitment_use_cross_entropy_loss: commit by cross-entropy of the chosen index instead.
+        orthogonal_reg_weight: weight of `orthogonal_loss`; makes the codes a parameter, that the
+            averages still move.
+        orthogonal_reg_active_codes_only: of this batch's codes only.
+        orthogonal_reg_max_codes: of a random choice of at most this many.
+        codebook_diversity_loss_weight, codebook_diversity_temperature: of `diversity_loss`.
+        stochastic_sample_codes, sample_codebook_temp: in training draw the code from
+            softmax(score / temperature); temperature 0 takes the nearest.
+        straight_through: Gumbel straight-through: where gradients are not routed to the input, z
+            gets those of softmax(score / temperature). Excludes `rotation_trick`.
+        rotation_trick: None means yes, unless `straight_through` or dim is 1.
+        sync_codebook: share state with all processes; None means True.
         ema_update: None means `not learnable_codebook`; False leaves the codes to other means.
+        manual_ema_update: averages move the codes only in `_codebook.update_ema()`.
         learnable_codebook: codes are a parameter; excludes `ema_update=True`.
+        in_place_codebook_optimizer: makes an optimizer of the codebook's parameters, that takes a
+            step on mean ‖sg[z] − e‖² inside each training forward, before z is quantized anew.
+        manual_in_place_optimizer_update: leave its step to `update_in_place_optimizer`.
         return_zeros_for_masked_padding: masked positions come back as zeros, else as x.
+        route_gradients_to_input: False sends the gradient of `quantize` to learnable codes (or
+            the Gumbel softmax) instead of z.
     Raises:
         ValueError: an unsupported argument, or one out of its range.
-    van den Oord et al. 2017, arXiv:1711.00937; Fifty et al. 2024, arXiv:2410.06424 (rotation).
+    van den Oord et al. 2017, arXiv:1711.00937; Fifty et al. 2024, arXiv:2410.06424 (rotation); Jang
+    et al. 2016, arXiv:1611.01144 (Gumbel).
     """
 
     def __init__(
@@ -112,50 +170,92 @@ class VectorQuantize(nn.Module):
         route_gradients_to_input: bool = True,
     ) -> None:
         super().__init__()
-        _refuse("VectorQuantize", dict(locals()), _UNSUPPORTED_ARGUMENTS)
-        if sync_codebook is False:
-            raise ValueError(
-                "VectorQuantize: sync_codebook=False is not supported yet; leave it at None."
-            )
+        _refuse("VectorQuantize", dict(locals()), _REFUSED)
         learnable = bool(learnable_codebook)
-        if learnable and ema_update:
-            raise ValueError(
-                "VectorQuantize: learnable_codebook=True excludes ema_update=True; "
-                "a code is moved by the loss or by averages."
-            )
-        if heads < 1:
-            raise ValueError(f"VectorQuantize: heads must be at least 1; got {heads}.")
-        if accept_image_fmap and accept_3d_fmap:
-            raise ValueError(
-                "VectorQuantize: accept_image_fmap and accept_3d_fmap exclude another."
-            )
-        code_dim = dim if codebook_dim is None else codebook_dim
-        projects = code_dim * heads != dim
-        self.project_in = nn.Linear(dim, code_dim * heads) if projects else nn.Identity()
-        self.project_out = nn.Linear(code_dim * heads, dim) if projects else nn.Identity()
+        rotation = rotation_trick
+        if rotation is None:
+            rotation = dim > 1 and not straight_through
+        _require(heads >= 1, f"VectorQuantize: heads must be at least 1; got {heads}.")
+        for rule, broken in (
+            {
+                "learnable_codebook=True excludes ema_update=True; "
+                "a code is moved by the loss or by averages": learnable and bool(ema_update),
+                "learnable_codebook=True excludes use_cosine_sim=True": learnable
+                and use_cosine_sim,
+                "learnable_codebook=True excludes straight_through=True": learnable
+                and straight_through,
+                "rotation_trick=True excludes straight_through=True": rotation and straight_through,
+                "accept_image_fmap excludes accept_3d_fmap": accept_image_fmap and accept_3d_fmap,
+                "in_place_codebook_optimizer needs learnable_codebook=True": (
+                    in_place_codebook_optimizer is not None and not learnable
+                ),
+                "sync_kmeans=False is refused with several processes; their codes would differ": (
+                    not sync_kmeans and sync_codebook is not False and world_size() > 1
+                ),
+            }
+        ).items():
+            _require(not broken, f"VectorQuantize: {rule}.")
+        self._make_projections(dim, codebook_dim, heads, layernorm_after_project_in)
         self._codebook = Codebook(
             codebook_size,
-            code_dim,
+            dim if codebook_dim is None else codebook_dim,
             num_codebooks=heads if separate_codebook_per_head else 1,
-            learnable=learnable,
+            learnable=learnable or orthogonal_reg_weight > 0,
+            metric="cosine" if use_cosine_sim else "l2",
             decay=decay,
             eps=eps,
+            ema_update=not learnable if ema_update is None else ema_update,
+            manual_ema_update=manual_ema_update,
             kmeans_init=kmeans_init,
             kmeans_iterations=kmeans_iters,
+            kmeans_weight=1.0,
             revive_below=0.0,
             revive_below_count=float(threshold_ema_dead_code),
-            gradient="straight_through" if rotation_trick is False else "rotation",
+            gradient="rotation" if rotation else "straight_through",
+            sync=sync_codebook is not False,
         )
+        self.in_place_codebook_optimizer = None
+        if in_place_codebook_optimizer is not None:
+            self.in_place_codebook_optimizer = in_place_codebook_optimizer(
+                self._codebook.parameters()
+            )
+        self.manual_in_place_optimizer_update = manual_in_place_optimizer_update
         self.dim, self.codebook_size, self.heads = dim, codebook_size, heads
         self.separate_codebook_per_head = separate_codebook_per_head
-        self.has_projections = projects
-        self.freeze_codebook = freeze_codebook
-        self.ema_update = not learnable if ema_update is None else ema_update
-        self.learnable_codebook = learnable
+        self.use_cosine_sim, self.rotation_trick = use_cosine_sim, rotation
+        self.freeze_codebook, self.learnable_codebook = freeze_codebook, learnable
         self.channel_last = channel_last
         self.accept_image_fmap, self.accept_3d_fmap = accept_image_fmap, accept_3d_fmap
         self.commitment_weight = commitment_weight
+        self.commitment_use_cross_entropy_loss = commitment_use_cross_entropy_loss
+        self.orthogonal_reg_weight = orthogonal_reg_weight
+        self.orthogonal_reg_active_codes_only = orthogonal_reg_active_codes_only
+        self.orthogonal_reg_max_codes = orthogonal_reg_max_codes
+        self.codebook_diversity_loss_weight = codebook_diversity_loss_weight
+        self.codebook_diversity_temperature = codebook_diversity_temperature
+        self.stochastic_sample_codes = stochastic_sample_codes
+        self.sample_codebook_temp = sample_codebook_temp
+        self.straight_through = straight_through
         self.return_zeros_for_masked_padding = return_zeros_for_masked_padding
+        self.route_gradients_to_input = route_gradients_to_input
+
+    def _make_projections(
+        self, dim: int, codebook_dim: int | None, heads: int, layernorm: bool
+    ) -> None:
+        width = heads * (dim if codebook_dim is None else codebook_dim)
+        self.has_projections = width != dim
+        self.project_in: nn.Module = nn.Identity()
+        self.project_out: nn.Module = nn.Identity()
+        if self.has_projections:
+            self.project_in = nn.Linear(dim, width)
+            if layernorm:
+                self.project_in = nn.Sequential(self.project_in, nn.LayerNorm(width))
+            self.project_out = nn.Linear(width, dim)
+
+    @property
+    def ema_update(self) -> bool:
+        """Whether moving averages move the codes."""
+        return self._codebook.ema_update
 
     @property
     def codebook(self) -> Tensor:
@@ -178,58 +278,203 @@ class VectorQuantize(nn.Module):
         sample_codebook_temp: float | None = None,
         freeze_codebook: bool | None = None,
         return_loss_breakdown: bool = False,
-        codebook_transform_fn: Callable[[Tensor], Tensor] | None = None,
-        ema_update_weight: Tensor | None = None,
+        codebook_transform_fn: CodebookTransform | None = None,
+        ema_update_weight: UpdateWeight | None = None,
         accum_ema_update: bool = False,
         ema_update: bool | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor] | tuple[Tensor, Tensor, Tensor, LossBreakdown]:
+    ) -> tuple[Any, ...]:
         """Quantize x: (B, N, dim), (B, dim), or as the layout arguments say.
 
         Args:
+            indices: codes to predict, shaped as the indices this returns; −1 does not count.
             mask: (B, N) bool (or the shape of the map), True = counts.
             lens: (B,) instead of a mask: the first lens[b] vectors of each example count.
+            topk: return the k nearest codes of each vector and leave the codebook alone; one head.
+            sample_codebook_temp: instead of the module's.
             freeze_codebook: leave the codes alone in this call; None asks the module's.
             return_loss_breakdown: also return the `LossBreakdown`.
+            codebook_transform_fn: makes of the codes (h, K, D) every vector's own codes
+                (h, B, N, K, D), N the positions of an example; one head, N·K·D of memory.
+            ema_update_weight: (K,) or (h, K), multiplies 1 − decay by code; or a function of the
+                batch's sums and counts that returns it.
+            accum_ema_update: keep this batch's statistics for the next call without it.
+            ema_update: instead of the module's.
         Returns:
             quantize in x's shape and dtype; indices, int64 in x's shape without its channels, with
             a last dimension `heads` where there are several; loss (). Masked positions have index
-            −1.
+            −1. With `topk` all but the breakdown have a last dimension of k, and the commitment
+            loss is each vector's own, in evaluation too. With `indices`, quantize and the mean
+            cross-entropy (nats) of `indices` under softmax(score).
         Raises:
-            ValueError: an unsupported argument is set, or shapes disagree.
+            ValueError: arguments exclude each other, or shapes disagree.
         """
-        _refuse("VectorQuantize.forward", dict(locals()), _UNSUPPORTED_FORWARD)
         rows, shape = self._to_rows(x)
-        if lens is not None:
-            if mask is not None:
-                raise ValueError("VectorQuantize.forward: mask and lens exclude another.")
-            mask = torch.arange(shape[-1], device=x.device) < lens[:, None]
-        if mask is not None:
-            if mask.shape != shape or mask.dtype != torch.bool:
-                raise ValueError(
-                    f"VectorQuantize.forward: mask must be bool {tuple(shape)} to match x; "
-                    f"got {mask.dtype} {tuple(mask.shape)}."
-                )
-            mask = mask.reshape(-1)
-        frozen = self.freeze_codebook if freeze_codebook is None else freeze_codebook
-        follows = self.ema_update if ema_update is None else ema_update
-        z = self._split_heads(self.project_in(rows))
-        head_mask = None if mask is None else mask.repeat_interleave(self._heads_in_rows)
-        out = self._codebook(
-            z, head_mask, freeze=frozen or not (follows or self.learnable_codebook)
+        row_mask = self._row_mask(mask, lens, shape, x.device)
+        self._check_call(topk, codebook_transform_fn, indices)
+        z, head_mask = self._projected(rows, row_mask)
+        call = _Call(
+            z=z,
+            shape=shape,
+            mask=head_mask,
+            topk=None if topk is None else min(int(topk), self.codebook_size),
+            temperature=(
+                self.sample_codebook_temp if sample_codebook_temp is None else sample_codebook_temp
+            ),
+            transform=codebook_transform_fn,
+            frozen=self.freeze_codebook if freeze_codebook is None else freeze_codebook,
+            follows=self.ema_update if ema_update is None else ema_update,
         )
-        quantize = self.project_out(self._join_heads(out.quantized))
+        chosen = self._choose(call, ema_update_weight, accum_ema_update)
+        quantize = self.project_out(self._join_heads(self._routed(chosen, call)).to(x.dtype))
+        if row_mask is not None or self.has_projections:
+            quantize = self._padded(quantize, rows, row_mask)
+        quantize = self._from_rows(quantize, call)
+        if indices is not None:
+            given = self._head_indices(indices, call)
+            metric = self._codebook.search_metric
+            return quantize, cross_entropy(call.z, chosen.codes, given, metric)
+        loss, terms = self._losses(chosen, call)
+        result = (quantize, self._index_map(chosen.indices, call), loss)
+        return (*result, terms) if return_loss_breakdown else result
+
+    def _choose(
+        self, call: _Call, weight: UpdateWeight | None = None, accumulate: bool = False
+    ) -> _Chosen:
+        """The codes of z; in training also the codebook's start, update and optimizer step."""
+        updates = self.training and not call.frozen and call.topk is None
+        observes = updates and (call.follows or self._codebook.revives)
+        optimises = updates and self.in_place_codebook_optimizer is not None
+        if self.training:
+            self._codebook.init_embed_(call.z, call.mask)
+        chosen = self._assign(call, self._codebook.codes(changes=observes or optimises))
+        if observes:
+            self._codebook.learn_from(
+                call.z,
+                chosen.indices,
+                follow=call.follows,
+                weight=weight,
+                accumulate=accumulate,
+            )
+        if not optimises:
+            return chosen
+        loss = self._optimise_in_place(call, chosen)
+        return self._assign(call, self._codebook.codes(changes=True))._replace(optimised=loss)
+
+    def _assign(self, call: _Call, codes: Tensor) -> _Chosen:
+        """Codes for z: the nearest, or drawn, or the nearest few, or of implicit codebooks."""
+        z, metric, gradient = call.z, self._codebook.search_metric, self._codebook.gradient
+        if call.transform is not None:
+            own = call.transform(codes).flatten(1, 2)
+            found, rows = quantize_to_own_codes(z, own, metric, gradient, call.mask)
+            return _Chosen(*found, codes, own=rows)
+        draws = self.training and self.stochastic_sample_codes and call.temperature > 0.0
+        if not draws and call.topk is None:
+            found = ops.vector_quantize(z, codes, mask=call.mask, metric=metric, gradient=gradient)
+            return _Chosen(*found, codes)
+        indices = choose_codes(
+            z,
+            codes,
+            metric,
+            mask=call.mask,
+            temperature=call.temperature if draws else 0.0,
+            topk=call.topk,
+        )
+        if call.topk is not None:
+            z, indices = z.repeat_interleave(call.topk, dim=1), indices.flatten(1)
+        return _Chosen(*ops.quantize_to_indices(z, codes, indices, gradient=gradient), codes)
+
+    def _routed(self, chosen: _Chosen, call: _Call) -> Tensor:
+        """The quantized rows, with their gradient to z or to the codes."""
+        if self.route_gradients_to_input and call.z.requires_grad:
+            return chosen.quantized
+        quantized = chosen.quantized.detach()
+        if chosen.codes.requires_grad or chosen.own is not None:
+            rows = chosen.own
+            if rows is None:
+                rows = rows_of_codes(chosen.codes, chosen.indices)
+            # rows − sg[rows] is exactly zero.
+            quantized = quantized + (rows - rows.detach())
+        if self.straight_through and self.training and call.z.requires_grad:
+            metric = self._codebook.search_metric
+            quantized = soft_gradient(quantized, call.z, chosen.codes, metric, call.temperature)
+        return quantized
+
+    def _losses(self, chosen: _Chosen, call: _Call) -> tuple[Tensor, LossBreakdown]:
+        """The weighted sum, and its terms. In evaluation zeros, or with topk the distances."""
+        zero = chosen.commitment.new_zeros(())
+        commitment = diversity = orthogonal = loss = zero
+        if call.topk is not None and not self.training:
+            commitment = self._commitment(chosen, call)
+            loss = commitment * (self.commitment_weight if self.commitment_weight > 0.0 else 1.0)
+        elif self.training and self.commitment_weight > 0.0:
+            commitment = self._commitment(chosen, call)
+            loss = self.commitment_weight * commitment
+        if self.training and self.codebook_diversity_loss_weight > 0.0:
+            diversity = self._diversity(chosen, call)
+            loss = loss + self.codebook_diversity_loss_weight * diversity
+        if self.training and self.orthogonal_reg_weight > 0.0:
+            active = None
+            if self.orthogonal_reg_active_codes_only:
+                active = _codes_in_use(chosen.indices, self.codebook_size)
+            orthogonal = orthogonal_loss(
+                self._codebook.embed, active, self.orthogonal_reg_max_codes
+            )
+            loss = loss + self.orthogonal_reg_weight * orthogonal
+        optimised = zero if chosen.optimised is None else chosen.optimised
+        if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # backward() on the loss of an input without gradients does nothing, but may be called.
+            loss = loss if loss.requires_grad else loss.requires_grad_()
+        return loss, LossBreakdown(commitment, diversity, orthogonal, optimised)
+
+    def _commitment(self, chosen: _Chosen, call: _Call) -> Tensor:
+        if self.commitment_use_cross_entropy_loss and call.topk is None:
+            metric = self._codebook.search_metric
+            return cross_entropy(call.z, chosen.codes, chosen.indices, metric)
+        by_row = chosen.commitment
+        if self.learnable_codebook and not call.frozen:
+            # The same value, with its gradient to the codes.
+            by_row = by_row + (chosen.codebook - chosen.codebook.detach())
+        if call.topk is None:
+            return self._codebook.mean(by_row, chosen.indices)
+        return by_row.reshape(*call.shape, call.topk) / self._codebook.dim
+
+    def _diversity(self, chosen: _Chosen, call: _Call) -> Tensor:
+        examples, positions = call.shape[0], call.shape[1:].numel()
+        shared_heads = self._heads_in_rows
+        z = call.z.reshape(len(call.z), examples, positions, shared_heads, -1)
+        z = z.transpose(2, 3).flatten(1, 2)
+        mask = call.mask
         if mask is not None:
-            padding = 0.0 if self.return_zeros_for_masked_padding else rows
-            quantize = torch.where(mask[:, None], quantize, padding)
-        commitment = out.commitment
-        if self.learnable_codebook and not frozen:
-            commitment = commitment + (out.codebook - out.codebook.detach())
-        zero = commitment.new_zeros(())
-        loss = self.commitment_weight * commitment if self.training else zero
-        result = (self._from_rows(quantize, shape), self._index_map(out.indices, shape), loss)
-        if return_loss_breakdown:
-            return *result, LossBreakdown(commitment if self.training else zero, zero, zero, zero)
-        return result
+            mask = mask.reshape(examples, positions, shared_heads).transpose(1, 2).flatten(0, 1)
+        metric, temperature = self._codebook.search_metric, self.codebook_diversity_temperature
+        return diversity_loss(z, chosen.codes, metric, temperature, mask)
+
+    def _optimise_in_place(self, call: _Call, chosen: _Chosen) -> Tensor:
+        """One step of the codebook's own optimizer on mean ‖sg[z] − e‖²; returns that loss."""
+        loss = self._codebook.collect_gradient(call.z, chosen.indices)
+        if not self.manual_in_place_optimizer_update:
+            self.update_in_place_optimizer()
+        return loss
+
+    def update_in_place_optimizer(self) -> None:
+        """A step of `in_place_codebook_optimizer` with the gradients collected since its last."""
+        if self.in_place_codebook_optimizer is not None:
+            self.in_place_codebook_optimizer.step()
+            self.in_place_codebook_optimizer.zero_grad()
+
+    def update_indices(self, x: Tensor, indices: Tensor, mask: Tensor | None = None) -> None:
+        """An update of the codebook by x (as in `forward`) whose indices are known."""
+        rows, shape = self._to_rows(x)
+        z, head_mask = self._projected(rows, self._row_mask(mask, None, shape, x.device))
+        call = _Call(z, shape, head_mask)
+        self._codebook.update_indices(z, self._head_indices(indices, call), head_mask)
+
+    update_ema_indices = update_indices
+
+    def expire_codes_(self, x: Tensor) -> None:
+        """In training, restart dead codes at vectors of x (B, N, heads · codebook_dim)."""
+        z = self._split_heads(x.reshape(-1, x.shape[-1]))
+        self._codebook.expire_codes_(self._codebook.transform_input(z))
 
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
         """Code rows of the indices that `forward` returned; zeros for −1.
@@ -282,65 +527,135 @@ class VectorQuantize(nn.Module):
         moved = x.movedim(channels, -1)
         return moved.reshape(-1, self.dim), moved.shape[:-1]
 
-    def _from_rows(self, rows: Tensor, shape: torch.Size) -> Tensor:
-        output = rows.reshape(*shape, self.dim)
-        return output if self._channels_last or len(shape) == 1 else output.movedim(-1, 1)
+    def _from_rows(self, rows: Tensor, call: _Call) -> Tensor:
+        """(rows, dim) as x was; the best few of a vector come last, or before last channels."""
+        few = () if call.topk is None else (call.topk,)
+        output = rows.reshape(*call.shape, *few, self.dim)
+        return output if self._channels_last or len(call.shape) == 1 else output.movedim(-1, 1)
+
+    def _row_mask(
+        self, mask: Tensor | None, lens: Tensor | None, shape: torch.Size, device: torch.device
+    ) -> Tensor | None:
+        """The mask as (rows,)."""
+        if lens is not None:
+            if mask is not None:
+                raise ValueError("VectorQuantize.forward: mask excludes lens; give one of them.")
+            mask = torch.arange(shape[-1], device=device) < lens[:, None]
+        if mask is None:
+            return None
+        if mask.shape != shape or mask.dtype != torch.bool:
+            raise ValueError(
+                f"VectorQuantize.forward: mask must be bool {tuple(shape)} to match x; "
+                f"got {mask.dtype} {tuple(mask.shape)}."
+            )
+        return mask.reshape(-1)
+
+    def _projected(self, rows: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """z (h, N, D), and which of its rows count.
+
+        A row that is not finite does not reach the projections: its products with a gradient of
+        zero would be NaN, in the gradient of every weight.
+        """
+        if self.has_projections:
+            finite = rows.isfinite().all(dim=-1)
+            rows = torch.where(finite[:, None], rows, 0.0)
+            mask = finite if mask is None else mask & finite
+        if mask is not None and self._heads_in_rows > 1:
+            mask = mask.repeat_interleave(self._heads_in_rows)
+        return self._codebook.transform_input(self._split_heads(self.project_in(rows))), mask
+
+    def _padded(self, quantize: Tensor, rows: Tensor, mask: Tensor | None) -> Tensor:
+        """Quantized rows, several for each of `rows` with topk; NaN where x is, and padding."""
+        few = quantize.reshape(len(rows), -1, self.dim)
+        if self.has_projections:
+            finite = rows.isfinite().all(dim=-1)
+            few = torch.where(finite[:, None, None], few, torch.nan)
+        if mask is None:
+            return few
+        padding = 0.0 if self.return_zeros_for_masked_padding else rows[:, None]
+        return torch.where(mask[:, None, None], few, padding)
 
     def _split_heads(self, z: Tensor) -> Tensor:
-        """(rows, heads·D) → (rows·heads, D), or (heads, rows, D) for separate codebooks."""
+        """(rows, heads·D) → (1, rows·heads, D), or (heads, rows, D) for separate codebooks."""
         if self.heads == 1:
-            return z
+            return z[None]
         split = z.unflatten(-1, (self.heads, -1))
-        return split.transpose(0, 1) if self.separate_codebook_per_head else split.flatten(0, 1)
+        return (
+            split.transpose(0, 1) if self.separate_codebook_per_head else split.flatten(0, 1)[None]
+        )
 
     def _join_heads(self, q: Tensor) -> Tensor:
         """The inverse of `_split_heads`."""
         if self.heads == 1:
-            return q
-        split = q.transpose(0, 1) if q.dim() == 3 else q.unflatten(0, (-1, self.heads))
-        return split.flatten(-2)
+            return q[0]
+        if self.separate_codebook_per_head:
+            return q.transpose(0, 1).flatten(-2)
+        return q[0].unflatten(0, (-1, self.heads)).flatten(-2)
 
-    def _index_map(self, indices: Tensor, shape: torch.Size) -> Tensor:
-        if self.heads == 1:
-            return indices.reshape(shape)
-        joined = indices.transpose(0, 1) if indices.dim() == 2 else indices
-        return joined.reshape(*shape, self.heads)
+    def _index_map(self, indices: Tensor, call: _Call) -> Tensor:
+        """(h, N) indices in x's shape, with a last dimension of heads or of the best few."""
+        if self.separate_codebook_per_head and self.heads > 1:
+            indices = indices.transpose(0, 1)
+        few = self.heads if call.topk is None else call.topk
+        last = () if self.heads == 1 and call.topk is None else (few,)
+        return indices.reshape(*call.shape, *last)
+
+    def _head_indices(self, indices: Tensor, call: _Call) -> Tensor:
+        """The inverse of `_index_map` without topk; −1 where masked."""
+        expected = (*call.shape, self.heads) if self.heads > 1 else tuple(call.shape)
+        if tuple(indices.shape) != expected:
+            raise ValueError(
+                f"VectorQuantize: indices must be {expected} to match x; "
+                f"got {tuple(indices.shape)}."
+            )
+        separate = self.separate_codebook_per_head and self.heads > 1
+        found = indices.reshape(-1, self.heads).T if separate else indices.reshape(1, -1)
+        return found if call.mask is None else torch.where(call.mask, found, -1)
+
+    def _check_call(
+        self, topk: int | None, transform: CodebookTransform | None, indices: Tensor | None
+    ) -> None:
+        """Arguments of `forward` that exclude each other."""
+        where = "VectorQuantize.forward"
+        if topk is not None:
+            optimises = self.in_place_codebook_optimizer is not None
+            by_entropy = self.commitment_use_cross_entropy_loss
+            _require(int(topk) >= 1, f"{where}: topk must be at least 1; got {topk}.")
+            _require(self.heads == 1, f"{where}: topk needs heads=1; got {self.heads}.")
+            _require(
+                not (self.training and (optimises or by_entropy)),
+                f"{where}: topk excludes, in training, in_place_codebook_optimizer and "
+                "commitment_use_cross_entropy_loss.",
+            )
+        if transform is not None:
+            _require(self.heads == 1, f"{where}: codebook_transform_fn needs heads=1.")
+            _require(
+                topk is None
+                and indices is None
+                and not (self.stochastic_sample_codes or self.commitment_use_cross_entropy_loss)
+                and self.codebook_diversity_loss_weight == 0.0,
+                f"{where}: codebook_transform_fn excludes topk, indices, "
+                "stochastic_sample_codes and the losses that need all scores.",
+            )
 
 
-# Arguments of the constructor, and of forward, that are not supported, with their defaults.
-_UNSUPPORTED_ARGUMENTS: dict[str, Any] = {
-    "sync_kmeans": True,
-    "use_cosine_sim": False,
-    "layernorm_after_project_in": False,
-    "commitment_use_cross_entropy_loss": False,
-    "orthogonal_reg_weight": 0.0,
-    "orthogonal_reg_active_codes_only": False,
-    "orthogonal_reg_max_codes": None,
-    "codebook_diversity_loss_weight": 0.0,
-    "codebook_diversity_temperature": 100.0,
-    "stochastic_sample_codes": False,
-    "sample_codebook_temp": 1.0,
-    "straight_through": False,
+def _codes_in_use(indices: Tensor, num_codes: int) -> Tensor:
+    """(h, K) bool: which codes the (h, N) indices name."""
+    used = indices.new_zeros((len(indices), num_codes + 1), dtype=torch.bool)
+    # −1 goes to a column of its own.
+    return used.scatter(1, torch.where(indices < 0, num_codes, indices), True)[:, :num_codes]
+
+
+# Arguments of the constructor that are out of scope, with their defaults.
+_REFUSED: dict[str, Any] = {
     "directional_reparam": False,
     "directional_reparam_variance": 5e-3,
     "sync_affine_param": False,
     "vq_bridge": None,
-    "manual_ema_update": False,
-    "in_place_codebook_optimizer": None,
-    "manual_in_place_optimizer_update": False,
     "affine_param": False,
     "affine_param_batch_decay": 0.99,
     "affine_param_codebook_decay": 0.9,
     "sync_update_v": 0.0,
-    "route_gradients_to_input": True,
-}
-_UNSUPPORTED_FORWARD: dict[str, Any] = {
-    "indices": None,
-    "topk": None,
-    "sample_codebook_temp": None,
-    "codebook_transform_fn": None,
-    "ema_update_weight": None,
-    "accum_ema_update": False,
 }
 
 
@@ -348,8 +663,14 @@ def _refuse(where: str, given: dict[str, Any], defaults: dict[str, Any]) -> None
     """ValueError for the first argument that is not at its default."""
     for name, default in defaults.items():
         value = given[name]
-        if value is not default and (isinstance(value, Tensor) or value != default):
+        if value is not default and value != default:
             shown = value if isinstance(value, (bool, int, float)) else type(value).__name__
             raise ValueError(
-                f"{where}: {name}={shown} is not supported yet; leave it at {default}."
+                f"{where}: {name}={shown} is out of fastvq's scope; leave it at {default}, "
+                "or see docs/migration.md for another way."
             )
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)

@@ -5,6 +5,7 @@ from fastvq.ops.causal_conv1d import causal_conv1d
 from fastvq.ops.code_statistics import code_statistics
 from fastvq.ops.masked_conv2d import masked_conv2d
 from fastvq.ops.nearest_code import nearest_code
+from fastvq.ops.quantize_to_indices import quantize_to_indices
 from fastvq.ops.residual_quantize import ResidualQuantizeOutput, residual_quantize
 from fastvq.ops.vector_quantize import VectorQuantizeOutput, vector_quantize
 
@@ -17,6 +18,7 @@ __all__ = [
     "explain",
     "masked_conv2d",
     "nearest_code",
+    "quantize_to_indices",
     "residual_quantize",
     "vector_quantize",
 ]

@@ -52,6 +52,16 @@ def code_statistics(
     return _CodeStatistics.apply(x, indices, num_codes, chosen)
 
 
+def statistics_of_search(x: Tensor, indices: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
+    """`code_statistics` without its checks and gradient, for indices that a search returned.
+
+    Checking the indices' values would wait for the device at every training step.
+    """
+    chosen = choose("code_statistics", None, x)
+    counts, sums = torch.ops.fastvq.code_statistics(x.detach(), indices, num_codes, chosen)
+    return counts, sums
+
+
 def _check_indices(indices: Tensor, x: Tensor) -> None:
     if not isinstance(indices, Tensor) or indices.dtype != torch.int64:
         got = str(indices.dtype) if isinstance(indices, Tensor) else type(indices).__name__

@@ -286,7 +286,7 @@ def test_training_resumes_from_the_state_dict() -> None:
     [
         ({"num_codes": 0}, "num_codes must be at least 1; got 0"),
         ({"dim": 0}, "dim must"),
-        ({"decay": 1.0}, r"decay must be in \[0, 1\); got 1.0"),
+        ({"decay": 1.5}, r"decay must be in \[0, 1\]; got 1.5"),
         ({"eps": 0.0}, "eps must be positive"),
         ({"revive_below": 1.0}, "revive_below must"),
         ({"revive_below_count": -1.0}, "revive_below_count must"),

@@ -1,0 +1,45 @@
+"""How codes follow their rows by exponential moving averages: the rules, by name.
+
+Lives here: the formulas. When they are applied, and to whose rows, is `codebook.py`.
+
+With n[k] rows of sum s[k] assigned to code k in a batch, decay γ, K codes and a small ε, every
+rule keeps
+
+    N[k] ← γN[k] + (1−γ)n[k],   m[k] ← γm[k] + (1−γ)s[k]
+
+and differs in what it makes of them, with Laplace(N)[k] = ΣN · (N[k] + ε) / (ΣN + Kε):
+
+    smoothed_divisor   e = m / Laplace(N).            (vector-quantize-pytorch, rosinality, encodec)
+    smoothed_counts    N ← Laplace(N), then e = m / N: the smoothed count is what the next step
+                       decays.                        (zalandoresearch, pythae)
+    debiased           N̂ = N / (1 − γᵗ), m̂ = m / (1 − γᵗ) after t steps that started from zero;
+                       e = m̂ / Laplace(N̂).            (sonnet)
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+RULES = ("smoothed_divisor", "smoothed_counts", "debiased")
+
+# A sum this large is cut off: two of them still have a difference, so that averages of huge
+# rows lose accuracy but never become NaN.
+LARGEST_SUM = 2.0**125
+
+
+def laplace_smoothed(counts: Tensor, eps: float) -> Tensor:
+    """ΣN · (N[k] + ε) / (ΣN + Kε) over the last dimension."""
+    total = counts.sum(dim=-1, keepdim=True)
+    return (counts + eps) * (total / (total + counts.shape[-1] * eps))
+
+
+def codes_of_averages(
+    rule: str, counts: Tensor, sums: Tensor, eps: float, debias: Tensor | None
+) -> Tensor:
+    """e (h, K, D) from N (h, K) and m (h, K, D); `debias` (h, 1) is 1 − γᵗ."""
+    if rule == "smoothed_counts":
+        return sums / counts[..., None]
+    if rule == "debiased":
+        assert debias is not None
+        counts, sums = counts / debias, sums / debias[..., None]
+    return sums / laplace_smoothed(counts, eps)[..., None]
