@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .finite_rows import projected
 
 # Up to so many steps a channel are counted rather than searched: on one CPU thread counting 7 took
-# 1.1 ms for 131072 channels, searching 4.9 ms.
+# 0.7 ms for 131072 channels, searching 4.9 ms.
 _COUNTED_STEPS = 32
 
 
@@ -173,10 +173,7 @@ class FSQ(nn.Module):
         dtype = rows.dtype
         if self.force_quantization_f32 and dtype not in self.allowed_dtypes:
             rows = rows.float()
-        level, lost = self._own_level(rows), rows.isnan()
-        symmetric, hard = self.preserve_symmetry, self.bound_hard_clamp
-        codes = self._straight_through(rows, level, lost, symmetric, hard)
-        indices = self._index(level, lost) if self.return_indices else None
+        codes, indices = self._snapped(rows, self.return_indices)
         codes = self.maybe_apply_noise(codes)
         if self.orthogonal_rotation:
             codes = codes @ self.orthogonal_rot.t().to(codes.dtype)
@@ -189,20 +186,21 @@ class FSQ(nn.Module):
 
     def quantize(self, z: Tensor) -> Tensor:
         """The code of z (…, codebook_dim), with the straight-through gradient to z."""
-        symmetric, hard = self.preserve_symmetry, self.bound_hard_clamp
-        return self._straight_through(z, self._own_level(z), z.isnan(), symmetric, hard)
+        return self._snapped(z, with_indices=False)[0]
 
     def bound(self, z: Tensor, eps: float = 1e-3, hard_clamp: bool = False) -> Tensor:
         """`quantize` by the first expression, whatever `preserve_symmetry` says; eps is its ε."""
         steps = _steps(self._levels.tolist(), False, hard_clamp, eps).to(z.device)
-        level = _reached(z.detach().double(), steps)
-        return self._straight_through(z, level, z.isnan(), False, hard_clamp, eps)
+        channels = self._channels(z)
+        level = _reached(channels.detach().double(), steps)
+        return self._rows(self._straight_through(channels, level, False, hard_clamp, eps), z)
 
     def symmetry_preserving_bound(self, z: Tensor, hard_clamp: bool = False) -> Tensor:
         """`quantize` by the second expression, whatever `preserve_symmetry` says."""
         steps = _steps(self._levels.tolist(), True, hard_clamp).to(z.device)
-        level = _reached(z.detach().double(), steps)
-        return self._straight_through(z, level, z.isnan(), True, hard_clamp)
+        channels = self._channels(z)
+        level = _reached(channels.detach().double(), steps)
+        return self._rows(self._straight_through(channels, level, True, hard_clamp), z)
 
     def maybe_apply_noise(self, bounded_z: Tensor) -> Tensor:
         """Codes with the noise of `noise_dropout` added, in training."""
@@ -220,7 +218,8 @@ class FSQ(nn.Module):
                 f"got {tuple(zhat.shape)}."
             )
         level = self._scale_and_shift(zhat.to(torch.promote_types(zhat.dtype, torch.float32)))
-        return self._index(level.nan_to_num().round().long(), zhat.isnan())
+        level = self._channels(level.nan_to_num().round().long())
+        return self._index(level, self._channels(zhat).isnan()).reshape(zhat.shape[:-1])
 
     def indices_to_level_indices(self, indices: Tensor) -> Tensor:
         """(…, codebook_dim): the level, from 0, of every channel of the code of each index."""
@@ -252,38 +251,46 @@ class FSQ(nn.Module):
     def _scale_and_shift_inverse(self, zhat: Tensor) -> Tensor:
         return _code(zhat, self._levels, self.preserve_symmetry)
 
-    def _own_level(self, z: Tensor) -> Tensor:
-        """int32, shaped as z: the level of each channel by the module's own expression."""
-        z = z.detach()
+    def _channels(self, z: Tensor) -> Tensor:
+        """z (…, d) as (d, N): long rows, so that what belongs to a channel is one number each."""
+        return z.reshape(-1, self.codebook_dim).t().contiguous()
+
+    def _rows(self, channels: Tensor, z: Tensor) -> Tensor:
+        return channels.t().contiguous().reshape(z.shape)
+
+    def _snapped(self, z: Tensor, with_indices: bool) -> tuple[Tensor, Tensor | None]:
+        """Codes of z (…, d) by the module's own expression, and their indices (…)."""
+        channels = self._channels(z)
         if z.dtype == torch.float64:
-            return _reached(z, self._steps)
-        return _reached(z.float(), self._steps_float32)
+            level = _reached(channels.detach(), self._steps)
+        else:
+            level = _reached(channels.detach().float(), self._steps_float32)
+        symmetric, hard = self.preserve_symmetry, self.bound_hard_clamp
+        codes = self._rows(self._straight_through(channels, level, symmetric, hard), z)
+        if not with_indices:
+            return codes, None
+        return codes, self._index(level, channels.isnan()).reshape(z.shape[:-1])
 
     def _index(self, level: Tensor, lost: Tensor) -> Tensor:
-        index = (level * self._basis).sum(dim=-1, dtype=self._basis.dtype)
-        return torch.where(lost.any(dim=-1), -1, index)
+        """(N,) from levels (d, N); −1 where any channel is lost."""
+        index = (level * self._basis[:, None]).sum(dim=0, dtype=self._basis.dtype)
+        return torch.where(lost.any(dim=0), -1, index)
 
     def _straight_through(
-        self,
-        z: Tensor,
-        level: Tensor,
-        lost: Tensor,
-        symmetric: bool,
-        hard: bool,
-        eps: float = 1e-3,
+        self, z: Tensor, level: Tensor, symmetric: bool, hard: bool, eps: float = 1e-3
     ) -> Tensor:
-        """The codes of these levels, with the gradient of the expression that was rounded."""
-        codes = _code(level, self._levels, symmetric).to(z.dtype)
-        codes = torch.where(lost, torch.nan, codes)
+        """The codes (d, N) of these levels, with the gradient of what was rounded."""
+        levels = self._levels[:, None]
+        codes = torch.where(z.isnan(), torch.nan, _code(level, levels, symmetric).to(z.dtype))
         if not (torch.is_grad_enabled() and z.requires_grad):
             return codes
         if symmetric:
             smooth = z.clamp(-1.0, 1.0) if hard else z.tanh()
         else:
-            height = ((self._levels - 1) * (1.0 + eps) / 2.0).to(z.dtype)
-            share = torch.where(self._levels % 2 == 0, 0.5, 0.0).to(z.dtype) / height
+            height = ((levels - 1) * (1.0 + eps) / 2.0).to(z.dtype)
+            share = torch.where(levels % 2 == 0, 0.5, 0.0).to(z.dtype) / height
             bounded = (z + share).clamp(-1.0, 1.0) if hard else (z + share.atanh()).tanh()
-            smooth = bounded * height / (self._levels // 2)
+            smooth = bounded * (height / (levels // 2))
         # smooth − sg[smooth] is exactly zero: the value is the code.
         return codes + (smooth - smooth.detach())
 
@@ -319,15 +326,15 @@ def _rounded_up(steps: Tensor) -> Tensor:
     return torch.where(nearest.double() < steps, above, nearest)
 
 
-def _reached(z: Tensor, steps: Tensor) -> Tensor:
-    """int32, shaped as z (…, channels): how many of its channel's steps z has reached.
+def _reached(channels: Tensor, steps: Tensor) -> Tensor:
+    """int32 (d, N): how many of its channel's steps each number has reached; none for NaN.
 
-    None for NaN. Counting takes a byte a step; a search takes over where there are many.
+    Counting takes a byte a step; a search takes over where there are many.
     """
     if steps.shape[1] <= _COUNTED_STEPS:
-        table = steps.t().reshape(-1, *([1] * (z.dim() - 1)), len(steps))
-        return (z >= table).sum(dim=0, dtype=torch.int32)
-    channels = z.reshape(-1, len(steps)).t().contiguous()
+        # As bytes: summing bools to anything else would first copy them as that.
+        reached = (channels >= steps.t()[:, :, None]).view(torch.int8)
+        return reached.sum(dim=0, dtype=torch.int8).int()
     found = torch.searchsorted(steps.nan_to_num(torch.inf), channels, right=True, out_int32=True)
     found = torch.minimum(found, (~steps.isnan()).sum(dim=1, dtype=torch.int32)[:, None])
-    return torch.where(channels.isnan(), 0, found).t().reshape(z.shape)
+    return torch.where(channels.isnan(), 0, found)
