@@ -10,9 +10,9 @@ from torch import Tensor
 from fastvq.reference import residual_quantize as reference
 
 from . import checks
-from .backends import choose
+from .backends import CPU_EXTENSION, choose
 from .code_statistics import rows_of_codes
-from .nearest_code import search
+from .nearest_code import DTYPE_CODES, search
 from .registration import register
 
 
@@ -63,6 +63,8 @@ def residual_quantize(
 
 
 def _forward(x: Tensor, codebooks: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    if backend == "cpp":
+        return _forward_cpp(x, codebooks)
     wide = torch.float64 if torch.float64 in (x.dtype, codebooks.dtype) else torch.float32
     residual = x.to(wide, copy=True)
     total = torch.zeros_like(residual)
@@ -77,6 +79,30 @@ def _forward(x: Tensor, codebooks: Tensor, backend: str) -> tuple[Tensor, Tensor
         total.add_(chosen)
         indices[:, level] = index
     return torch.where(lost[:, None], torch.nan, total).to(codebooks.dtype), indices
+
+
+def _forward_cpp(x: Tensor, codebooks: Tensor) -> tuple[Tensor, Tensor]:
+    assert CPU_EXTENSION is not None
+    x, codebooks = x.contiguous(), codebooks.contiguous()
+    quantized, indices = _empty_outputs(x, codebooks)
+    CPU_EXTENSION.residual_quantize(
+        x.data_ptr(),
+        DTYPE_CODES[x.dtype],
+        codebooks.data_ptr(),
+        DTYPE_CODES[codebooks.dtype],
+        *(codebooks.shape[0], x.shape[0], *codebooks.shape[1:]),
+        quantized.data_ptr(),
+        indices.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return quantized, indices
+
+
+def _empty_outputs(x: Tensor, codebooks: Tensor) -> tuple[Tensor, Tensor]:
+    return (
+        x.new_empty(x.shape, dtype=codebooks.dtype),
+        x.new_empty((x.shape[0], codebooks.shape[0]), dtype=torch.int64),
+    )
 
 
 class _ResidualQuantize(torch.autograd.Function):
@@ -99,8 +125,5 @@ class _ResidualQuantize(torch.autograd.Function):
 register(
     "residual_quantize(Tensor x, Tensor codebooks, str backend) -> (Tensor, Tensor)",
     _forward,
-    lambda x, codebooks, backend: (
-        x.new_empty(x.shape, dtype=codebooks.dtype),
-        x.new_empty((x.shape[0], codebooks.shape[0]), dtype=torch.int64),
-    ),
+    lambda x, codebooks, backend: _empty_outputs(x, codebooks),
 )

@@ -11,6 +11,7 @@
 #include "code_statistics.h"
 #include "isa.h"
 #include "nearest_code.h"
+#include "residual_quantize.h"
 #include "row_passes.h"
 #include "rows.h"
 #include "vector_quantize.h"
@@ -153,8 +154,13 @@ struct CodedRowsArguments {
     check_dtype(x_dtype);
     check_dtype(codebook_dtype);
     check_sizes(books >= 1 && rows_per_book >= 0 && K >= 0 && D >= 1 && num_threads >= 1);
-    return {address<const void*>(x), x_dtype, address<const void*>(codebook), codebook_dtype,
-            rows_per_book,           K,       D};
+    return {address<const void*>(x),
+            x_dtype,
+            address<const void*>(codebook),
+            codebook_dtype,
+            rows_per_book,
+            K,
+            D};
   }
   int64_t num_rows() const { return books * rows_per_book; }
 };
@@ -225,10 +231,34 @@ PyObject* vector_quantize_backward_codebook(PyObject*, PyObject* args) {
     const fastvq::RowPasses& passes = passes_in_use();
     {
       const WithoutPythonLock unlocked;
-      fastvq::vector_quantize_backward_codebook(
-          passes, rows, in.num_rows(), address<const int64_t*>(indices),
-          address<const float*>(grad_distance), stride, address<float*>(grad_codebook),
-          num_threads);
+      fastvq::vector_quantize_backward_codebook(passes, rows, in.num_rows(),
+                                                address<const int64_t*>(indices),
+                                                address<const float*>(grad_distance), stride,
+                                                address<float*>(grad_codebook), num_threads);
+    }
+    Py_RETURN_NONE;
+  });
+}
+
+PyObject* residual_quantize(PyObject*, PyObject* args) {
+  CodedRowsArguments in;
+  unsigned long long quantized, indices;
+  int num_threads;
+  if (!PyArg_ParseTuple(args, CODED_ROWS_FORMAT "KKi", &in.x, &in.x_dtype, &in.codebook,
+                        &in.codebook_dtype, &in.books, &in.rows_per_book, &in.K, &in.D, &quantized,
+                        &indices, &num_threads)) {
+    return nullptr;
+  }
+  return guarded([&]() -> PyObject* {
+    in.checked(num_threads);
+    const fastvq::NearestCodeKernel& kernel = kernel_in_use();
+    const fastvq::RowPasses& passes = passes_in_use();
+    {
+      const WithoutPythonLock unlocked;
+      fastvq::residual_quantize(kernel, passes, address<const void*>(in.x), in.x_dtype,
+                                address<const void*>(in.codebook), in.codebook_dtype,
+                                address<void*>(quantized), address<int64_t*>(indices),
+                                in.rows_per_book, in.books, in.K, in.D, num_threads);
     }
     Py_RETURN_NONE;
   });
@@ -271,13 +301,18 @@ PyMethodDef methods[] = {
      "mask_rows, metric, quantized, indices, distance, num_threads)\n\n"
      "mask may be 0. See kernels/cpu/vector_quantize.h."},
     {"vector_quantize_backward_x", vector_quantize_backward_x, METH_VARARGS,
-     "vector_quantize_backward_x(x, x_dtype, codebook, codebook_dtype, books, rows_per_book, K, D,\n"
+     "vector_quantize_backward_x(x, x_dtype, codebook, codebook_dtype, books, rows_per_book, K, "
+     "D,\n"
      "indices, grad_quantized, grad_distance, stride, rotation, grad_x, num_threads)\n\n"
      "Either gradient may be 0. See kernels/cpu/vector_quantize.h."},
     {"vector_quantize_backward_codebook", vector_quantize_backward_codebook, METH_VARARGS,
      "vector_quantize_backward_codebook(x, x_dtype, codebook, codebook_dtype, books,\n"
      "rows_per_book, K, D, indices, grad_distance, stride, grad_codebook, num_threads)\n\n"
      "grad_codebook is float32. See kernels/cpu/vector_quantize.h."},
+    {"residual_quantize", residual_quantize, METH_VARARGS,
+     "residual_quantize(x, x_dtype, codebooks, codebook_dtype, Q, N, K, D, quantized, indices,\n"
+     "num_threads)\n\n"
+     "See kernels/cpu/residual_quantize.h."},
     {"isa_available", isa_available, METH_NOARGS,
      "Names of the instruction sets this machine has: generic, avx2, avx512, amx."},
     {"isa_in_use", isa_in_use, METH_NOARGS,

@@ -1,4 +1,4 @@
-// Vectors of 16 floats and 8 doubles that every instruction set computes alike: lane by lane, no
+// Vectors of 16 or 8 numbers that every instruction set computes alike: lane by lane, no
 // fused operations, one order of adding the lanes up. Wider registers are faster, never different.
 // Everything has internal linkage and uses nothing of the C++ standard library: each instruction
 // set compiles its own copy.
@@ -15,10 +15,9 @@
 namespace fastvq {
 namespace {
 
-constexpr int64_t kFloatLanes = 16, kDoubleLanes = 8;
-typedef float Floats __attribute__((vector_size(64)));
-typedef float HalfFloats __attribute__((vector_size(32)));
-typedef double Doubles __attribute__((vector_size(64)));
+typedef float Floats16 __attribute__((vector_size(64)));
+typedef float Floats8 __attribute__((vector_size(32)));
+typedef double Doubles8 __attribute__((vector_size(64)));
 
 #define FASTVQ_INLINE inline __attribute__((always_inline))
 
@@ -54,27 +53,34 @@ FASTVQ_INLINE Vector load_floats(const Element* from, int64_t count) {
   return vector;
 }
 
-// Writes the first `count` ≤ 16 lanes, each rounded to Element.
-template <class Element>
-FASTVQ_INLINE void store_floats(Floats vector, Element* to, int64_t count) {
-  float floats[kFloatLanes];
+// Writes the first `count` ≤ lanes lanes, each rounded to Element.
+template <class Vector, class Element>
+FASTVQ_INLINE void store_floats(Vector vector, Element* to, int64_t count) {
+  constexpr int64_t kLanes = sizeof(Vector) / sizeof(float);
+  float floats[kLanes];
   memcpy(floats, &vector, sizeof vector);
-  Element elements[kFloatLanes];
-  for (int64_t i = 0; i < kFloatLanes; ++i) elements[i] = rounded<Element>(floats[i]);
-  if (count == kFloatLanes) {
+  Element elements[kLanes];
+  for (int64_t i = 0; i < kLanes; ++i) elements[i] = rounded<Element>(floats[i]);
+  if (count == kLanes) {
     memcpy(to, elements, sizeof elements);
   } else {
     copy_few(elements, count, to);
   }
 }
 
-FASTVQ_INLINE float sum_of_lanes(Floats vector) {
-  float lanes[kFloatLanes];
-  memcpy(lanes, &vector, sizeof vector);
-  for (int64_t half = kFloatLanes / 2; half > 0; half /= 2) {
-    for (int64_t i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  }
-  return lanes[0];
+// Halves are added to each other until one lane is left.
+FASTVQ_INLINE float sum_of_lanes(Floats8 vector) {
+  typedef float Floats4 __attribute__((vector_size(16)));
+  Floats4 halves[2];
+  memcpy(halves, &vector, sizeof vector);
+  const Floats4 sum = halves[0] + halves[1];
+  return (sum[0] + sum[2]) + (sum[1] + sum[3]);
+}
+
+FASTVQ_INLINE float sum_of_lanes(Floats16 vector) {
+  Floats8 halves[2];
+  memcpy(halves, &vector, sizeof vector);
+  return sum_of_lanes(halves[0] + halves[1]);
 }
 
 }  // namespace

@@ -33,6 +33,13 @@ struct RowPasses {
   // As `sum`, of 2·weight[order[i]·stride]·(code - x[order[i]]), each term in float32.
   void (*sum_pulls)(const CodedRows& rows, const int64_t* order, int64_t count, int64_t first,
                     int64_t last, float* sums, int64_t code, const float* weight, int64_t stride);
+  // residual[n] = x[n] - its code row, in float32; index -1 gives NaN. residual may be x.
+  void (*subtract)(const CodedRows& rows, const int64_t* indices, float* residual, int64_t first,
+                   int64_t last);
+  // quantized[n] = Σ_q codebook[q, indices[n, q]], added in that order in float32 and rounded once;
+  // a -1 among them gives NaN. codebook is (Q, K, D) here, indices (N, Q); x is not read.
+  void (*add_up)(const CodedRows& rows, const int64_t* indices, int64_t Q, void* quantized,
+                 int64_t first, int64_t last);
 };
 
 extern const RowPasses row_passes_generic, row_passes_avx2, row_passes_avx512;

@@ -3,6 +3,6 @@
 
 namespace fastvq {
 
-const RowPasses row_passes_avx512 = {gather, backward, sum, sum_pulls};
+const RowPasses row_passes_avx512 = {gather, backward, sum, sum_pulls, subtract, add_up};
 
 }  // namespace fastvq

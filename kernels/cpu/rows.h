@@ -11,6 +11,8 @@ enum DType : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 
 namespace {
 
+inline int64_t bytes_of_element(int dtype) { return dtype == kFloat32 ? 4 : 2; }
+
 inline float float_of_bits(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, sizeof value);

@@ -10,8 +10,9 @@
 
 namespace fastvq {
 
-// A stable counting sort: the rows of code k, in row order, are order[start[k]] … order[start[k+1]-1].
-// Codes are numbered through the books: book · K + index. Index -1 is left out.
+// A stable counting sort: the rows of code k, in row order, are order[start[k]] …
+// order[start[k+1]-1]. Codes are numbered through the books: book · K + index. Index -1 is left
+// out.
 class RowsByCode {
  public:
   // Throws std::invalid_argument, on behalf of `op`, for an index outside -1 … K-1.
@@ -26,8 +27,8 @@ class RowsByCode {
   // code that owns most rows does not leave the other threads idle.
   template <class Visit>
   void visit(int64_t D, int num_threads, const Visit& visit) const {
-    const double elements = static_cast<double>(order_.size()) * static_cast<double>(D);
-    const int workers = useful_threads(num_threads, elements);
+    const int workers =
+        threads_for_rows(num_threads, static_cast<int64_t>(order_.size()) + num_codes(), D);
     const std::vector<Task> tasks = shared_out(D, workers);
     std::atomic<size_t> next{0};
     run_workers(workers, [&](int) {

@@ -16,6 +16,12 @@ inline int useful_threads(int requested, double operations) {
   return worth < requested ? static_cast<int>(worth) : requested;
 }
 
+// The same for one pass over N rows of D elements. Measured on a 2-core Zen 4: memory and what each
+// row costs make an element of such a pass as slow as some 8 multiply-adds.
+inline int threads_for_rows(int requested, int64_t N, int64_t D) {
+  return useful_threads(requested, 8.0 * static_cast<double>(N) * static_cast<double>(D + 16));
+}
+
 // Calls body(worker) for worker = 0 … workers-1, worker 0 on the calling thread. A worker that the
 // system refuses to start runs on the calling thread instead. body must not throw.
 template <class Body>
@@ -33,6 +39,13 @@ void run_workers(int workers, const Body& body) {
   body(0);
   for (int worker = started; worker < workers; ++worker) body(worker);
   for (std::thread& thread : threads) thread.join();
+}
+
+// Calls pass(first, last) with equal ranges of N rows of D elements.
+template <class Pass>
+void over_rows(int64_t N, int64_t D, int num_threads, const Pass& pass) {
+  const int workers = threads_for_rows(num_threads, N, D);
+  run_workers(workers, [&](int worker) { pass(N * worker / workers, N * (worker + 1) / workers); });
 }
 
 }  // namespace fastvq

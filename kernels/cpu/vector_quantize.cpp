@@ -8,30 +8,16 @@
 #include "threads.h"
 
 namespace fastvq {
-namespace {
-
-int64_t bytes_of(int dtype) { return dtype == kFloat32 ? 4 : 2; }
-
-// Calls pass(first, last) with equal ranges of rows on up to num_threads threads.
-template <class Pass>
-void over_rows(int64_t N, int64_t D, int num_threads, const Pass& pass) {
-  const int workers = useful_threads(num_threads, static_cast<double>(N) * static_cast<double>(D));
-  run_workers(workers, [&](int worker) {
-    pass(N * worker / workers, N * (worker + 1) / workers);
-  });
-}
-
-}  // namespace
-
 void vector_quantize(const NearestCodeKernel& kernel, const RowPasses& passes,
                      const CodedRows& rows, int64_t books, const uint8_t* mask, int64_t mask_rows,
                      int metric, void* quantized, int64_t* indices, float* distance,
                      int num_threads) {
   for (int64_t book = 0; book < books; ++book) {
     const int64_t first = book * rows.rows_per_book;
-    const char* x = static_cast<const char*>(rows.x) + first * rows.D * bytes_of(rows.x_dtype);
+    const char* x =
+        static_cast<const char*>(rows.x) + first * rows.D * bytes_of_element(rows.x_dtype);
     const char* codes = static_cast<const char*>(rows.codebook) +
-                        book * rows.K * rows.D * bytes_of(rows.codebook_dtype);
+                        book * rows.K * rows.D * bytes_of_element(rows.codebook_dtype);
     nearest_code(kernel, x, rows.x_dtype, codes, rows.codebook_dtype, indices + first, nullptr,
                  rows.rows_per_book, rows.K, rows.D, metric, num_threads);
   }

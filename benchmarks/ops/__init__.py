@@ -1,0 +1,1 @@
+"""Suites of single ops, named as the ops are."""

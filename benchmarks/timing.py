@@ -1,0 +1,91 @@
+"""Times of several callables on one machine, run in turn so that they meet the same weather."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+# Between cold runs this much memory is written: more than the last-level caches of the machines
+# in use (32 MiB on the CPUs, 50 MiB of L2 on an H100 or H200).
+_CACHE_BYTES = 256 * 2**20
+# Keeps a GPU busy while the host queues the run behind it, so that events see the device alone.
+_HEAD_START_CYCLES = 400_000
+# OpenMP's idle threads spin for some milliseconds after a parallel region: on a machine with few
+# cores they would take one from whoever runs next.
+_REST_SECONDS = 0.01
+
+
+class Timing(NamedTuple):
+    """Percentiles of one callable's times, in milliseconds, over `runs` runs."""
+
+    p20: float
+    p50: float
+    p80: float
+    runs: int
+
+
+def interleaved(
+    callables: dict[str, Callable[[], object]],
+    *,
+    device: str = "cpu",
+    cold: bool = False,
+    seconds: float = 4.0,
+    least: int = 5,
+    most: int = 200,
+) -> dict[str, Timing]:
+    """Times of the callables, each run once per round after one round of warming up.
+
+    Rounds go on until `seconds` have passed, at least `least` and at most `most` of them.
+
+    Args:
+        device: "cpu" times on the wall clock; "cuda" times on the device, between events.
+        cold: evict the caches before every run; otherwise they are as the last run left them.
+    """
+    once = _time_on_cuda if device == "cuda" else _time_on_cpu
+    evict = _evictor(device) if cold else None
+    for run in callables.values():
+        run()
+    times: dict[str, list[float]] = {name: [] for name in callables}
+    start = time.perf_counter()
+    for done in range(most):
+        if done >= least and time.perf_counter() - start > seconds:
+            break
+        for name, run in callables.items():
+            if evict is not None:
+                evict()
+            if device == "cpu":
+                time.sleep(_REST_SECONDS)
+            times[name].append(once(run))
+    return {name: summary(values) for name, values in times.items()}
+
+
+def summary(times: list[float]) -> Timing:
+    """The percentiles of a list of times, by linear interpolation."""
+    quantiles = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
+    p20, p50, p80 = torch.tensor(times, dtype=torch.float64).quantile(quantiles).tolist()
+    return Timing(p20, p50, p80, len(times))
+
+
+def _time_on_cpu(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return (time.perf_counter() - start) * 1e3
+
+
+def _time_on_cuda(run: Callable[[], object]) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    torch.cuda._sleep(_HEAD_START_CYCLES)
+    start.record()
+    run()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end)
+
+
+def _evictor(device: str) -> Callable[[], object]:
+    buffer = torch.empty(_CACHE_BYTES, dtype=torch.uint8, device=device)
+    return lambda: buffer.add_(1)
