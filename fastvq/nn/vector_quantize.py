@@ -524,7 +524,7 @@ class VectorQuantize(nn.Module):
                 f"VectorQuantize: x must have {dims} dimensions with {self.dim} channels in "
                 f"dimension {-1 if self._channels_last else 1}; got {tuple(x.shape)}."
             )
-        moved = x.movedim(channels, -1)
+        moved = x if channels == x.dim() - 1 else x.movedim(channels, -1)
         return moved.reshape(-1, self.dim), moved.shape[:-1]
 
     def _from_rows(self, rows: Tensor, call: _Call) -> Tensor:
