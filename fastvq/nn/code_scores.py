@@ -27,7 +27,8 @@ def scores(x: Tensor, codes: Tensor, metric: str) -> Tensor:
     """(..., N, K) in float32 (float64 if an input is) of x (..., N, D) and codes (..., K, D)."""
     wide = torch.float64 if torch.float64 in (x.dtype, codes.dtype) else torch.float32
     x, codes = x.to(wide), codes.to(wide)
-    product = x @ codes.transpose(-1, -2)
+    with torch.autocast(x.device.type, enabled=False):
+        product = x @ codes.transpose(-1, -2)
     if metric == "dot":
         return product
     squares = x.square().sum(dim=-1)[..., None] + codes.square().sum(dim=-1)[..., None, :]

@@ -37,7 +37,8 @@ def orthogonal_loss(
     if active is not None:
         unit = unit * active[..., None]
         count = active.sum(dim=1).clamp(min=1).to(codes.dtype)
-    product = unit.transpose(1, 2) @ unit if unit.shape[1] > unit.shape[2] else unit @ unit.mT
+    with torch.autocast(codes.device.type, enabled=False):
+        product = unit.mT @ unit if unit.shape[1] > unit.shape[2] else unit @ unit.mT
     loss = product.square().sum(dim=(1, 2)) / count.square() - 1.0 / count
     if active is not None:
         loss = torch.where(active.any(dim=1), loss, 0.0)

@@ -14,6 +14,10 @@ from torch import Tensor, nn
 
 from .finite_rows import projected
 
+# Up to so many steps a channel are counted rather than searched: on one CPU thread counting 7 took
+# 0.7 ms for 131072 channels, searching 4.9 ms.
+_COUNTED_STEPS = 32
+
 
 class FSQ(nn.Module):
     """Round every channel to one of a few levels; the codebook is their product, never searched.
@@ -58,7 +62,8 @@ class FSQ(nn.Module):
 
     _levels: Tensor
     _basis: Tensor
-    _steps: Tensor
+    _steps: Tensor  # float64
+    _steps_float32: Tensor
     orthogonal_rot: Tensor
 
     def __init__(
@@ -121,6 +126,7 @@ class FSQ(nn.Module):
         self.register_buffer("_basis", torch.tensor(basis, dtype=basis_dtype), persistent=False)
         steps = _steps(levels, preserve_symmetry, bound_hard_clamp)
         self.register_buffer("_steps", steps, persistent=False)
+        self.register_buffer("_steps_float32", _rounded_up(steps), persistent=False)
         self.orthogonal_rotation = orthogonal_rotation
         if orthogonal_rotation:
             rotation = torch.empty(self.codebook_dim, self.codebook_dim)
@@ -130,10 +136,11 @@ class FSQ(nn.Module):
         return f"levels={self._levels.tolist()}, dim={self.dim}, codebooks={self.num_codebooks}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FSQ:
-        """Follow device moves and casts, but keep the steps in float64."""
-        steps = self._steps
+        """Follow device moves and casts, but keep the steps as they are."""
+        steps, rounded = self._steps, self._steps_float32
         super()._apply(fn, recurse)
-        self._steps = steps.to(self._steps.device)
+        self._steps = steps.to(self._levels.device)
+        self._steps_float32 = rounded.to(self._levels.device)
         return self
 
     @property
@@ -166,9 +173,7 @@ class FSQ(nn.Module):
         dtype = rows.dtype
         if self.force_quantization_f32 and dtype not in self.allowed_dtypes:
             rows = rows.float()
-        level = self._level(rows, self._steps)
-        codes = self._straight_through(rows, level, self.preserve_symmetry, self.bound_hard_clamp)
-        indices = self._index(level, rows.isnan()) if self.return_indices else None
+        codes, indices = self._snapped(rows, self.return_indices)
         codes = self.maybe_apply_noise(codes)
         if self.orthogonal_rotation:
             codes = codes @ self.orthogonal_rot.t().to(codes.dtype)
@@ -181,18 +186,21 @@ class FSQ(nn.Module):
 
     def quantize(self, z: Tensor) -> Tensor:
         """The code of z (…, codebook_dim), with the straight-through gradient to z."""
-        level = self._level(z, self._steps)
-        return self._straight_through(z, level, self.preserve_symmetry, self.bound_hard_clamp)
+        return self._snapped(z, with_indices=False)[0]
 
     def bound(self, z: Tensor, eps: float = 1e-3, hard_clamp: bool = False) -> Tensor:
         """`quantize` by the first expression, whatever `preserve_symmetry` says; eps is its ε."""
         steps = _steps(self._levels.tolist(), False, hard_clamp, eps).to(z.device)
-        return self._straight_through(z, self._level(z, steps), False, hard_clamp, eps)
+        channels = self._channels(z)
+        level = _reached(channels.detach().double(), steps)
+        return self._rows(self._straight_through(channels, level, False, hard_clamp, eps), z)
 
     def symmetry_preserving_bound(self, z: Tensor, hard_clamp: bool = False) -> Tensor:
         """`quantize` by the second expression, whatever `preserve_symmetry` says."""
         steps = _steps(self._levels.tolist(), True, hard_clamp).to(z.device)
-        return self._straight_through(z, self._level(z, steps), True, hard_clamp)
+        channels = self._channels(z)
+        level = _reached(channels.detach().double(), steps)
+        return self._rows(self._straight_through(channels, level, True, hard_clamp), z)
 
     def maybe_apply_noise(self, bounded_z: Tensor) -> Tensor:
         """Codes with the noise of `noise_dropout` added, in training."""
@@ -210,7 +218,8 @@ class FSQ(nn.Module):
                 f"got {tuple(zhat.shape)}."
             )
         level = self._scale_and_shift(zhat.to(torch.promote_types(zhat.dtype, torch.float32)))
-        return self._index(level.nan_to_num().round().long(), zhat.isnan())
+        level = self._channels(level.nan_to_num().round().long())
+        return self._index(level, self._channels(zhat).isnan()).reshape(zhat.shape[:-1])
 
     def indices_to_level_indices(self, indices: Tensor) -> Tensor:
         """(…, codebook_dim): the level, from 0, of every channel of the code of each index."""
@@ -242,31 +251,46 @@ class FSQ(nn.Module):
     def _scale_and_shift_inverse(self, zhat: Tensor) -> Tensor:
         return _code(zhat, self._levels, self.preserve_symmetry)
 
-    def _level(self, z: Tensor, steps: Tensor) -> Tensor:
-        """int64, shaped as z: how many of its channel's steps z has reached."""
-        channels = z.detach().reshape(-1, self.codebook_dim).t().double().contiguous()
-        reached = torch.searchsorted(steps, channels, right=True)
-        return torch.minimum(reached.t(), self._levels - 1).reshape(z.shape)
+    def _channels(self, z: Tensor) -> Tensor:
+        """z (…, d) as (d, N): long rows, so that what belongs to a channel is one number each."""
+        return z.reshape(-1, self.codebook_dim).t().contiguous()
+
+    def _rows(self, channels: Tensor, z: Tensor) -> Tensor:
+        return channels.t().contiguous().reshape(z.shape)
+
+    def _snapped(self, z: Tensor, with_indices: bool) -> tuple[Tensor, Tensor | None]:
+        """Codes of z (…, d) by the module's own expression, and their indices (…)."""
+        channels = self._channels(z)
+        if z.dtype == torch.float64:
+            level = _reached(channels.detach(), self._steps)
+        else:
+            level = _reached(channels.detach().float(), self._steps_float32)
+        symmetric, hard = self.preserve_symmetry, self.bound_hard_clamp
+        codes = self._rows(self._straight_through(channels, level, symmetric, hard), z)
+        if not with_indices:
+            return codes, None
+        return codes, self._index(level, channels.isnan()).reshape(z.shape[:-1])
 
     def _index(self, level: Tensor, lost: Tensor) -> Tensor:
-        index = (level * self._basis).sum(dim=-1)
-        return torch.where(lost.any(dim=-1), -1, index).to(self._basis.dtype)
+        """(N,) from levels (d, N); −1 where any channel is lost."""
+        index = (level * self._basis[:, None]).sum(dim=0, dtype=self._basis.dtype)
+        return torch.where(lost.any(dim=0), -1, index)
 
     def _straight_through(
         self, z: Tensor, level: Tensor, symmetric: bool, hard: bool, eps: float = 1e-3
     ) -> Tensor:
-        """The codes of these levels, with the gradient of the expression that was rounded."""
-        codes = _code(level, self._levels, symmetric).to(z.dtype)
-        codes = torch.where(z.isnan(), torch.nan, codes)
+        """The codes (d, N) of these levels, with the gradient of what was rounded."""
+        levels = self._levels[:, None]
+        codes = torch.where(z.isnan(), torch.nan, _code(level, levels, symmetric).to(z.dtype))
         if not (torch.is_grad_enabled() and z.requires_grad):
             return codes
         if symmetric:
             smooth = z.clamp(-1.0, 1.0) if hard else z.tanh()
         else:
-            height = ((self._levels - 1) * (1.0 + eps) / 2.0).to(z.dtype)
-            share = torch.where(self._levels % 2 == 0, 0.5, 0.0).to(z.dtype) / height
+            height = ((levels - 1) * (1.0 + eps) / 2.0).to(z.dtype)
+            share = torch.where(levels % 2 == 0, 0.5, 0.0).to(z.dtype) / height
             bounded = (z + share).clamp(-1.0, 1.0) if hard else (z + share.atanh()).tanh()
-            smooth = bounded * height / (self._levels // 2)
+            smooth = bounded * (height / (levels // 2))
         # smooth − sg[smooth] is exactly zero: the value is the code.
         return codes + (smooth - smooth.detach())
 
@@ -279,8 +303,8 @@ def _code(level: Tensor, levels: Tensor, symmetric: bool) -> Tensor:
 
 
 def _steps(levels: Sequence[int], symmetric: bool, hard: bool, eps: float = 1e-3) -> Tensor:
-    """(channels, max L − 1) float64: the least z of levels 1 … L−1, then +Inf."""
-    table = torch.full((len(levels), max(levels) - 1), torch.inf, dtype=torch.float64)
+    """(channels, max L − 1) float64: the least z of levels 1 … L−1, then NaN."""
+    table = torch.full((len(levels), max(levels) - 1), torch.nan, dtype=torch.float64)
     for channel, count in enumerate(levels):
         height = (count - 1) * (1.0 + eps) / 2.0
         offset = 0.5 if count % 2 == 0 else 0.0
@@ -293,3 +317,24 @@ def _steps(levels: Sequence[int], symmetric: bool, hard: bool, eps: float = 1e-3
             at = bounded - shift if hard else math.atanh(bounded) - math.atanh(shift)
             table[channel, level - 1] = at
     return table
+
+
+def _rounded_up(steps: Tensor) -> Tensor:
+    """The least float32 that is at least each step: a float32 z reaches the one if the other."""
+    nearest = steps.float()
+    above = torch.nextafter(nearest, torch.full_like(nearest, torch.inf))
+    return torch.where(nearest.double() < steps, above, nearest)
+
+
+def _reached(channels: Tensor, steps: Tensor) -> Tensor:
+    """int32 (d, N): how many of its channel's steps each number has reached; none for NaN.
+
+    Counting takes a byte a step; a search takes over where there are many.
+    """
+    if steps.shape[1] <= _COUNTED_STEPS:
+        # As bytes: summing bools to anything else would first copy them as that.
+        reached = (channels >= steps.t()[:, :, None]).view(torch.int8)
+        return reached.sum(dim=0, dtype=torch.int8).int()
+    found = torch.searchsorted(steps.nan_to_num(torch.inf), channels, right=True, out_int32=True)
+    found = torch.minimum(found, (~steps.isnan()).sum(dim=1, dtype=torch.int32)[:, None])
+    return torch.where(channels.isnan(), 0, found)

@@ -326,8 +326,8 @@ class VectorQuantize(nn.Module):
         )
         chosen = self._choose(call, ema_update_weight, accum_ema_update)
         quantize = self.project_out(self._join_heads(self._routed(chosen, call)).to(x.dtype))
-        if row_mask is not None or self.has_projections:
-            quantize = self._padded(quantize, rows, row_mask)
+        if row_mask is not None or self.has_projections or self.heads > 1:
+            quantize = self._padded(quantize, rows, row_mask, call.topk)
         quantize = self._from_rows(quantize, call)
         if indices is not None:
             given = self._head_indices(indices, call)
@@ -441,7 +441,7 @@ class VectorQuantize(nn.Module):
     def _diversity(self, chosen: _Chosen, call: _Call) -> Tensor:
         examples, positions = call.shape[0], call.shape[1:].numel()
         shared_heads = self._heads_in_rows
-        z = call.z.reshape(len(call.z), examples, positions, shared_heads, -1)
+        z = call.z.unflatten(1, (examples, positions, shared_heads))
         z = z.transpose(2, 3).flatten(1, 2)
         mask = call.mask
         if mask is not None:
@@ -524,7 +524,7 @@ class VectorQuantize(nn.Module):
                 f"VectorQuantize: x must have {dims} dimensions with {self.dim} channels in "
                 f"dimension {-1 if self._channels_last else 1}; got {tuple(x.shape)}."
             )
-        moved = x.movedim(channels, -1)
+        moved = x if channels == x.dim() - 1 else x.movedim(channels, -1)
         return moved.reshape(-1, self.dim), moved.shape[:-1]
 
     def _from_rows(self, rows: Tensor, call: _Call) -> Tensor:
@@ -554,9 +554,9 @@ class VectorQuantize(nn.Module):
         """z (h, N, D), and which of its rows count.
 
         A row that is not finite does not reach the projections: its products with a gradient of
-        zero would be NaN, in the gradient of every weight.
+        zero would be NaN, in the gradient of every weight. It is lost with all its heads.
         """
-        if self.has_projections:
+        if self.has_projections or self.heads > 1:
             finite = rows.isfinite().all(dim=-1)
             rows = torch.where(finite[:, None], rows, 0.0)
             mask = finite if mask is None else mask & finite
@@ -564,10 +564,12 @@ class VectorQuantize(nn.Module):
             mask = mask.repeat_interleave(self._heads_in_rows)
         return self._codebook.transform_input(self._split_heads(self.project_in(rows))), mask
 
-    def _padded(self, quantize: Tensor, rows: Tensor, mask: Tensor | None) -> Tensor:
+    def _padded(
+        self, quantize: Tensor, rows: Tensor, mask: Tensor | None, topk: int | None
+    ) -> Tensor:
         """Quantized rows, several for each of `rows` with topk; NaN where x is, and padding."""
-        few = quantize.reshape(len(rows), -1, self.dim)
-        if self.has_projections:
+        few = quantize.unflatten(0, (len(rows), 1 if topk is None else topk))
+        if self.has_projections or self.heads > 1:
             finite = rows.isfinite().all(dim=-1)
             few = torch.where(finite[:, None, None], few, torch.nan)
         if mask is None:

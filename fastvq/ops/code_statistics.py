@@ -89,6 +89,9 @@ def _check_range(indices: Tensor, num_codes: int) -> None:
 
 def segment_sums(x: Tensor, indices: Tensor, num_codes: int, backend: str) -> tuple[Tensor, Tensor]:
     """Counts and sums by a backend that was already chosen; arguments already checked."""
+    if indices.numel() == 0:
+        counts, sums = _empty_outputs(x, num_codes)
+        return counts.zero_(), sums.zero_()
     if backend == "reference":
         return reference.code_statistics(x, indices, num_codes)
     if backend == "triton":

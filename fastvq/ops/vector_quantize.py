@@ -264,6 +264,8 @@ def _backward_codebook(
 def _backward_codebook_cpp(
     grad_codebook_loss: Tensor, x: Tensor, codebook: Tensor, indices: Tensor
 ) -> Tensor:
+    if indices.numel() == 0:
+        return torch.zeros_like(codebook)
     assert CPU_EXTENSION is not None
     x, codebook = x.contiguous(), codebook.contiguous()
     grad = codebook.new_empty(codebook.shape, dtype=torch.float32)

@@ -40,6 +40,17 @@ def test_backends_agree_to_the_bit():
         assert torch.equal(sums, results[0][1])
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_heads_without_rows(backend):
+    for _ in range(5):
+        torch.full((3, 4, 5), 7.0)  # what fresh memory may hold
+        counts, sums = ops.code_statistics(
+            torch.empty(3, 0, 5), torch.empty(3, 0, dtype=torch.int64), 4, backend=backend
+        )
+        assert not counts.any()
+        assert not sums.any()
+
+
 def test_heads():
     x, indices = torch.randn(2, 30, 5), torch.randint(0, 4, (2, 30))
     counts, sums = ops.code_statistics(x, indices, 4)

@@ -385,3 +385,12 @@ def test_bad_input():
         ops.vector_quantize(x, codebook, mask=torch.ones(3, dtype=torch.bool))
     with pytest.raises(ValueError, match='gradient must be "straight_through" or "rotation"'):
         ops.vector_quantize(x, codebook, gradient="none")
+
+
+def test_no_rows_give_the_codebooks_of_all_heads_no_gradient():
+    for _ in range(5):
+        torch.full((3, 4, 5), 7.0)  # what fresh memory may hold
+        codebook = torch.randn(3, 4, 5, requires_grad=True)
+        out = ops.vector_quantize(torch.empty(3, 0, 5), codebook)
+        (grad,) = torch.autograd.grad(out.codebook.sum(), codebook)
+        assert not grad.any()
