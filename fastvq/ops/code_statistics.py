@@ -147,7 +147,7 @@ class _CodeStatistics(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, indices: Tensor, num_codes: int, backend: str
     ) -> tuple[Tensor, Tensor]:
-        counts, sums = torch.ops.fastvq.code_statistics(x, indices, num_codes, backend)
+        counts, sums = _SUMS(x, indices, num_codes, backend)
         ctx.save_for_backward(indices)
         ctx.x_dtype = x.dtype
         ctx.mark_non_differentiable(counts)
@@ -160,7 +160,7 @@ class _CodeStatistics(torch.autograd.Function):
         return rows_of_codes(grad_sums, indices).to(ctx.x_dtype), None, None, None
 
 
-register(
+_SUMS = register(
     "code_statistics(Tensor x, Tensor indices, SymInt num_codes, str backend) -> (Tensor, Tensor)",
     segment_sums,
     lambda x, indices, num_codes, backend: _empty_outputs(x, num_codes),

@@ -35,6 +35,11 @@ def residual_quantize(
     every index is exact for the residual it was given. The gradient to x is straight-through;
     none reaches the codebooks.
 
+    To train the levels, each with its losses and statistics, call `vector_quantize` and
+    `code_statistics` on the residual of each level instead: beside the search that costs one pass
+    over the rows a call. Here the residuals are overwritten, and only the indices are kept;
+    the residual of level q is x minus the code rows of the levels before it, one after the other.
+
     Args:
         x: (N, D) float32, float16, bfloat16 or float64 (reference only); any strides.
         codebooks: (Q, K, D), Q ≥ 1, same device.

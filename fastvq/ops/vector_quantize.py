@@ -170,10 +170,11 @@ def _squared_distance(x: Tensor, codebook: Tensor, indices: Tensor) -> Tensor:
 def _forward_fake(
     x: Tensor, codebook: Tensor, mask: Tensor | None, metric: str, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
+    rows = x.shape[:-1]
     return (
         x.new_empty(x.shape, dtype=codebook.dtype),
-        x.new_empty(x.shape[:-1], dtype=torch.int64),
-        x.new_empty(x.shape[:-1], dtype=_wide(x, codebook)),
+        x.new_empty(rows, dtype=torch.int64),
+        x.new_empty(rows, dtype=_wide(x, codebook)),
     )
 
 
@@ -310,9 +311,7 @@ class _VectorQuantize(torch.autograd.Function):
         gradient: str,
         backend: str,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        quantized, indices, distance = torch.ops.fastvq.vector_quantize(
-            x, codebook, mask, metric, backend
-        )
+        quantized, indices, distance = _FORWARD(x, codebook, mask, metric, backend)
         ctx.save_for_backward(x, codebook, indices)
         ctx.gradient, ctx.backend = gradient, backend
         ctx.mark_non_differentiable(indices)
@@ -331,29 +330,29 @@ class _VectorQuantize(torch.autograd.Function):
         x, codebook, indices = ctx.saved_tensors
         grad_x = grad_codebook = None
         if ctx.needs_input_grad[0] and not (grad_quantized is None and grad_commitment is None):
-            grad_x = torch.ops.fastvq.vector_quantize_backward_x(
+            grad_x = _BACKWARD_X(
                 grad_quantized, grad_commitment, x, codebook, indices, ctx.gradient, ctx.backend
             )
         if ctx.needs_input_grad[1] and grad_codebook_loss is not None:
-            grad_codebook = torch.ops.fastvq.vector_quantize_backward_codebook(
+            grad_codebook = _BACKWARD_CODEBOOK(
                 grad_codebook_loss, x, codebook, indices, ctx.backend
             )
         return grad_x, grad_codebook, None, None, None, None
 
 
-register(
+_FORWARD = register(
     "vector_quantize(Tensor x, Tensor codebook, Tensor? mask, str metric, str backend)"
     " -> (Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
 )
-register(
+_BACKWARD_X = register(
     "vector_quantize_backward_x(Tensor? grad_quantized, Tensor? grad_commitment, Tensor x,"
     " Tensor codebook, Tensor indices, str gradient, str backend) -> Tensor",
     _backward_x,
     lambda gq, gc, x, codebook, indices, gradient, backend: x.new_empty(x.shape),
 )
-register(
+_BACKWARD_CODEBOOK = register(
     "vector_quantize_backward_codebook(Tensor grad_codebook_loss, Tensor x, Tensor codebook,"
     " Tensor indices, str backend) -> Tensor",
     _backward_codebook,
