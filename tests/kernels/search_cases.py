@@ -12,8 +12,8 @@ except ImportError:  # the tests that call it skip themselves
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 METRICS = {"l2": 0, "dot": 1}
-INT8, INT16, FLOAT32 = 1, 2, 4  # searches a call may use besides float64
-ALL_SEARCHES = INT8 + INT16 + FLOAT32
+INT8, INT16, FLOAT32, DIRECT = 1, 2, 4, 8  # searches a call may use besides float64
+ALL_SEARCHES = INT8 + INT16 + FLOAT32 + DIRECT
 
 
 def nearest_code(
