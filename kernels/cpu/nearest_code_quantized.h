@@ -397,8 +397,11 @@ struct Quantized : QuantizedCodes<Engine> {
     return looked_into;
   }
 
+  // Within its widths, and with nothing near overflow once scaled: every sum of squares is finite.
   static bool fits(const NearestCodeProblem& p) {
-    return p.D <= kMaxWidth && p.num_codes < (int64_t{1} << 31) - kPanel;
+    const int exponent = Codes::choose_exponent(p);
+    return p.D <= kMaxWidth && p.num_codes < (int64_t{1} << 31) - kPanel &&
+           ldexp(p.center_norm, exponent) < 0x1p55 && ldexp(p.max_norm, exponent) < 0x1p55;
   }
 
   static constexpr NearestCodeSearch table(double cycles) {

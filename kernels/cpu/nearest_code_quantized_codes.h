@@ -52,10 +52,7 @@ struct QuantizedCodes {
     char* panels;  // per panel and word, 64 codes' words
   };
 
-  static int64_t words_of(int64_t D) {
-    const int64_t words = (D + kPerWord - 1) / kPerWord;
-    return (words + Engine::kWordStep - 1) / Engine::kWordStep * Engine::kWordStep;
-  }
+  static int64_t words_of(int64_t D) { return (D + kPerWord - 1) / kPerWord; }
   static int64_t num_panels(const NearestCodeProblem& p) {
     return (p.num_codes + kPanel - 1) / kPanel;
   }
