@@ -74,20 +74,22 @@ fastvq::NearestCodeKernel kernel_in_use() {
 #if defined(__x86_64__)
     case fastvq::Isa::kAmx:
       return {&fastvq::nearest_code_int8_amx, &fastvq::nearest_code_int16_vnni,
-              &fastvq::nearest_code_avx512_float32, &fastvq::nearest_code_avx512_float64};
+              &fastvq::nearest_code_avx512_float32, &fastvq::nearest_code_avx512_float64,
+              &fastvq::nearest_code_avx512_direct};
     case fastvq::Isa::kAvx512: {
       const bool vnni = fastvq::machine_has_vnni();
       return {vnni ? &fastvq::nearest_code_int8_vnni : nullptr,
               vnni ? &fastvq::nearest_code_int16_vnni : nullptr,
-              &fastvq::nearest_code_avx512_float32, &fastvq::nearest_code_avx512_float64};
+              &fastvq::nearest_code_avx512_float32, &fastvq::nearest_code_avx512_float64,
+              &fastvq::nearest_code_avx512_direct};
     }
     case fastvq::Isa::kAvx2:
       return {nullptr, nullptr, &fastvq::nearest_code_avx2_float32,
-              &fastvq::nearest_code_avx2_float64};
+              &fastvq::nearest_code_avx2_float64, &fastvq::nearest_code_avx2_direct};
 #endif
     default:
       return {nullptr, nullptr, &fastvq::nearest_code_generic_float32,
-              &fastvq::nearest_code_generic_float64};
+              &fastvq::nearest_code_generic_float64, &fastvq::nearest_code_generic_direct};
   }
 }
 
@@ -121,9 +123,17 @@ PyObject* nearest_code(PyObject*, PyObject* args) {
     const fastvq::NearestCodeKernel kernel = kernel_in_use();
     {
       const WithoutPythonLock unlocked;
-      fastvq::nearest_code(kernel, address<const void*>(x), x_dtype, address<const void*>(codebook),
-                           codebook_dtype, address<int64_t*>(indices), address<float*>(distance), N,
-                           K, D, metric, num_threads, searches);
+      const fastvq::NearestCodeCall call = {address<const void*>(x),
+                                            x_dtype,
+                                            address<const void*>(codebook),
+                                            codebook_dtype,
+                                            address<int64_t*>(indices),
+                                            address<float*>(distance),
+                                            N,
+                                            K,
+                                            D,
+                                            metric};
+      fastvq::nearest_code(kernel, call, num_threads, searches);
     }
     Py_RETURN_NONE;
   });
@@ -327,7 +337,7 @@ PyObject* isa_in_use(PyObject*, PyObject*) {
 PyMethodDef methods[] = {
     {"nearest_code", nearest_code, METH_VARARGS,
      "nearest_code(x, x_dtype, codebook, codebook_dtype, indices, distance, N, K, D, metric, "
-     "num_threads, searches=7)\n\n"
+     "num_threads, searches=15)\n\n"
      "Writes the exact nearest code of each row into indices (int64), and the winner's score into\n"
      "distance (float32; 0 for none). Tensors are addresses of contiguous memory; dtype codes:\n"
      "0 float32, 1 float16, 2 bfloat16; metric: 0 l2, 1 dot. searches, for tests: which coarse "

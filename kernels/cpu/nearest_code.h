@@ -59,8 +59,32 @@ struct NearestCodeSearch {
                     int64_t first_row, int64_t count, void* scratch);
 };
 
+// One call as the caller made it; see nearest_code below.
+struct NearestCodeCall {
+  const void* x;
+  int x_dtype;
+  const void* codebook;
+  int codebook_dtype;
+  int64_t* indices;
+  float* distance;
+  int64_t N, K, D;
+  int metric;
+};
+
+// The search for a few rows, without preparation (nearest_code_direct.h).
+struct NearestCodeDirect {
+  int64_t (*scratch_floats)(const NearestCodeCall& call);
+  bool (*search)(const NearestCodeCall& call, float* scratch);
+};
+
 // Which of the searches below float64 a call may use: all of them, unless a test wants one.
-enum SearchMask : int { kInt8Search = 1, kInt16Search = 2, kFloat32Search = 4, kAllSearches = 7 };
+enum SearchMask : int {
+  kInt8Search = 1,
+  kInt16Search = 2,
+  kFloat32Search = 4,
+  kDirectSearch = 8,
+  kAllSearches = 15
+};
 
 // The searches of one instruction set from the coarsest to the finest; null members are skipped.
 // float64 settles every row, the others leave some as kHardRow.
@@ -69,6 +93,7 @@ struct NearestCodeKernel {
   const NearestCodeSearch* int16;
   const NearestCodeSearch* float32;
   const NearestCodeSearch* float64;
+  const NearestCodeDirect* direct;
 };
 
 // A search that the compiler could not make has null pointers for functions.
@@ -77,14 +102,15 @@ extern const NearestCodeSearch nearest_code_avx2_float32, nearest_code_avx2_floa
 extern const NearestCodeSearch nearest_code_avx512_float32, nearest_code_avx512_float64;
 extern const NearestCodeSearch nearest_code_int8_vnni, nearest_code_int16_vnni;
 extern const NearestCodeSearch nearest_code_int8_amx;
+extern const NearestCodeDirect nearest_code_generic_direct, nearest_code_avx2_direct;
+extern const NearestCodeDirect nearest_code_avx512_direct;
 
 // indices[n] = argmin_k Σ_d (x[n,d] - c[k,d])²  (L2), argmax_k Σ_d x[n,d]·c[k,d]  (dot),
 // the score taken in float64, added in the order d = 0 … D-1, every product rounded before it is
 // added; equal scores go to the lowest k. -1 where the row holds NaN or Inf, or every code does.
 // distance (may be null) is the winner's score rounded to float32, NaN where the index is -1.
 // x: (N, D), codebook: (K, D), contiguous. D is at least 1.
-void nearest_code(const NearestCodeKernel& kernel, const void* x, int x_dtype, const void* codebook,
-                  int codebook_dtype, int64_t* indices, float* distance, int64_t N, int64_t K,
-                  int64_t D, int metric, int num_threads, int searches);
+void nearest_code(const NearestCodeKernel& kernel, const NearestCodeCall& call, int num_threads,
+                  int searches);
 
 }  // namespace fastvq

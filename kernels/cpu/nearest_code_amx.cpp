@@ -28,7 +28,7 @@ struct alignas(64) TileShapes {
 
 struct Amx {
   using Element = int8_t;
-  static constexpr int64_t kTileRows = 16, kWordStep = 1;
+  static constexpr int64_t kTileRows = 16;
   static constexpr int64_t kDepth = 16;  // words that one instruction takes in
 
   // Makes the compiler write memory out first: GCC's tile loads do not say that they read it.

@@ -34,6 +34,12 @@ struct Floats {
     m = _mm_add_ps(m, _mm_movehl_ps(m, m));
     return _mm_cvtss_f32(_mm_add_ss(m, _mm_movehdup_ps(m)));
   }
+  static void reduce_add4(const Floats* of, float* sums) {
+    const __m256 ab = _mm256_hadd_ps(of[0].v, of[1].v), cd = _mm256_hadd_ps(of[2].v, of[3].v);
+    const __m256 all = _mm256_hadd_ps(ab, cd);
+    const __m128 low = _mm256_castps256_ps128(all), high = _mm256_extractf128_ps(all, 1);
+    _mm_storeu_ps(sums, _mm_add_ps(low, high));
+  }
 };
 
 struct Doubles {
@@ -66,9 +72,11 @@ struct Doubles {
 }  // namespace
 }  // namespace fastvq
 
+#include "nearest_code_direct.h"
 #include "nearest_code_search.h"
 
 namespace fastvq {
 const NearestCodeSearch nearest_code_avx2_float32 = Search<Floats>::table(1);
 const NearestCodeSearch nearest_code_avx2_float64 = Search<Doubles>::table(2);
+const NearestCodeDirect nearest_code_avx2_direct = Direct<Floats>::table();
 }  // namespace fastvq

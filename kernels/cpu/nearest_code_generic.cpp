@@ -44,6 +44,9 @@ struct Vector {
     for (int i = 1; i < kWidth; ++i) sum += v[i];
     return sum;
   }
+  static void reduce_add4(const Vector* of, Number* sums) {
+    for (int i = 0; i < 4; ++i) sums[i] = of[i].reduce_add();
+  }
 };
 
 using Floats = Vector<float, 4>;
@@ -52,9 +55,11 @@ using Doubles = Vector<double, 2>;
 }  // namespace
 }  // namespace fastvq
 
+#include "nearest_code_direct.h"
 #include "nearest_code_search.h"
 
 namespace fastvq {
 const NearestCodeSearch nearest_code_generic_float32 = Search<Floats>::table(1);
 const NearestCodeSearch nearest_code_generic_float64 = Search<Doubles>::table(2);
+const NearestCodeDirect nearest_code_generic_direct = Direct<Floats>::table();
 }  // namespace fastvq

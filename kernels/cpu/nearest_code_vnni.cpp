@@ -11,7 +11,7 @@ namespace {
 template <class Number>
 struct Vnni {
   using Element = Number;
-  static constexpr int64_t kTileRows = 6, kWordStep = 1;
+  static constexpr int64_t kTileRows = 6;
 
   static void begin(int64_t) {}
   static void end() {}

@@ -25,8 +25,9 @@ amx_search(const void* x, int x_dtype, const void* codebook, int codebook_dtype,
   amx.search = counted;
   rows_left = 0;
   const fastvq::NearestCodeKernel kernel = {&amx, nullptr, nullptr,
-                                            &fastvq::nearest_code_generic_float64};
-  fastvq::nearest_code(kernel, x, x_dtype, codebook, codebook_dtype, indices, distance, N, K, D,
-                       metric, 1, fastvq::kAllSearches);
+                                            &fastvq::nearest_code_generic_float64, nullptr};
+  const fastvq::NearestCodeCall call = {x, x_dtype, codebook, codebook_dtype, indices, distance,
+                                        N, K,       D,        metric};
+  fastvq::nearest_code(kernel, call, 1, fastvq::kInt8Search);
   return rows_left;
 }

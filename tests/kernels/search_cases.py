@@ -12,8 +12,8 @@ except ImportError:  # the tests that call it skip themselves
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 METRICS = {"l2": 0, "dot": 1}
-INT8, INT16, FLOAT32 = 1, 2, 4  # searches a call may use besides float64
-ALL_SEARCHES = INT8 + INT16 + FLOAT32
+INT8, INT16, FLOAT32, DIRECT = 1, 2, 4, 8  # searches a call may use besides float64
+ALL_SEARCHES = INT8 + INT16 + FLOAT32 + DIRECT
 
 
 def nearest_code(
@@ -110,6 +110,10 @@ def hostile(name: str, N: int, K: int, D: int) -> tuple[torch.Tensor, torch.Tens
             x * 1e-6,
             torch.nn.functional.normalize(codes, dim=1),
         ),
+        "one great channel, the others subnormal": lambda: (
+            torch.cat([torch.full((N, 1), 1e30), 1e-40 * x[:, 1:]], 1),
+            torch.cat([torch.full((K, 1), 1e30), 1e-40 * codes[:, 1:]], 1),
+        ),
         "mixed channels": lambda: (x * 10 ** normal(D), codes * 10 ** normal(D)),
         "outlying elements": lambda: (
             torch.where(normal(N, D, seed=2) > 2.5, 1e4 * x, x),
@@ -135,5 +139,5 @@ HOSTILE = [
     ),
     *("subnormal against ordinary", "squares overflow", "near the greatest float", "far code"),
     *("every magnitude", "two clusters", "near copies", "tiny rows, codes of one length"),
-    *("mixed channels", "outlying elements"),
+    *("one great channel, the others subnormal", "mixed channels", "outlying elements"),
 ]

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from kernels.search_cases import (
+    DIRECT,
     DTYPES,
     FLOAT32,
     HOSTILE,
@@ -136,6 +137,23 @@ def test_each_search_agrees_between_thread_counts(search: int) -> None:
     for threads in (1, 2, 3):
         indices, _ = nearest_code(x, codebook, threads=threads, searches=search)
         np.testing.assert_array_equal(indices.numpy(), expected)
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_few_rows_need_no_preparation(isa: str, name: str) -> None:
+    for N, K, D in [(1, 150, 8), (3, 300, 64), (2, 70, 31)]:
+        check(*hostile(name, N, K, D), searches=DIRECT)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 3e38])
+def test_a_few_rows_with_broken_numbers(isa: str, bad: float) -> None:
+    x, codebook = normal(2, 16), normal(60, 16, seed=1)
+    codebook[::3, 8] = bad
+    check(x.half(), codebook, searches=DIRECT)
+    x[1, 2] = bad
+    check(x, codebook, searches=DIRECT)
+    codebook[:, 0] = bad
+    check(x, codebook, searches=DIRECT)
 
 
 @pytest.mark.parametrize("metric", METRICS)
