@@ -16,6 +16,8 @@ _HEAD_START_CYCLES = 400_000
 # OpenMP's idle threads spin for some milliseconds after a parallel region: on a machine with few
 # cores they would take one from whoever runs next.
 _REST_SECONDS = 0.01
+# A run shorter than this is timed right after another of the same, which fills the caches again.
+_SHORT_MS = 20.0
 
 
 class Timing(NamedTuple):
@@ -36,13 +38,13 @@ def interleaved(
     least: int = 5,
     most: int = 200,
 ) -> dict[str, Timing]:
-    """Times of the callables, each run once per round after one round of warming up.
+    """Times of the callables, each timed once per round after one round of warming up.
 
     Rounds go on until `seconds` have passed, at least `least` and at most `most` of them.
 
     Args:
         device: "cpu" times on the wall clock; "cuda" times on the device, between events.
-        cold: evict the caches before every run; otherwise they are as the last run left them.
+        cold: evict the caches before every run; otherwise a short run follows one of the same.
     """
     once = _time_on_cuda if device == "cuda" else _time_on_cpu
     evict = _evictor(device) if cold else None
@@ -54,10 +56,12 @@ def interleaved(
         if done >= least and time.perf_counter() - start > seconds:
             break
         for name, run in callables.items():
-            if evict is not None:
-                evict()
             if device == "cpu":
                 time.sleep(_REST_SECONDS)
+            if evict is not None:
+                evict()
+            elif times[name][-1:] < [_SHORT_MS]:
+                run()
             times[name].append(once(run))
     return {name: summary(values) for name, values in times.items()}
 

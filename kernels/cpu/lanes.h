@@ -9,9 +9,6 @@
 
 #include "rows.h"
 
-// Says that instruction sets pass vectors differently; these never leave their file.
-#pragma GCC diagnostic ignored "-Wpsabi"
-
 namespace fastvq {
 namespace {
 

@@ -15,7 +15,8 @@ def test_candidates_take_turns():
     timings = timing.interleaved(
         {"a": lambda: order.append("a"), "b": lambda: order.append("b")}, seconds=0.0, least=3
     )
-    assert order == ["a", "b"] * 4  # one round of warming up
+    # One round of warming up; a short run is timed right after another of the same.
+    assert order == ["a", "b"] + ["a", "a", "b", "b"] * 3
     assert timings["a"].runs == timings["b"].runs == 3
 
 
