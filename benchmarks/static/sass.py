@@ -96,12 +96,14 @@ class Search:
     Attributes:
         products: multiply-adds per pair: the width of the operands.
         warp_pairs: scores per warp and trip through the main loop.
+        chunks: trips of a loop over the operands' columns inside that trip, if one is left.
         tcgen05_products: multiply-adds per UTCHMMA and warp (sm_100), whose shape the machine code
             does not name.
     """
 
     products: int
     warp_pairs: int
+    chunks: int = 1
     tcgen05_products: int = 0
 
 
@@ -186,20 +188,19 @@ def multiply_adds(instruction: Instruction, search: Search) -> int:
 def measure(loop: Loop, search: Search) -> LoopCost:
     """Instructions per pair of a main loop.
 
-    Where the columns of an operand are a loop of their own, `loop` is that inner loop, and its
-    instructions count as often as it takes to reach the products that a trip through the enclosing
-    loop needs.
+    Where the operands' columns are a loop of their own, `loop` is that inner loop: its instructions
+    count once per chunk, those of the enclosing loop once.
     """
     needed = search.products * search.warp_pairs
     inside = sum(multiply_adds(i, search) for i in loop.body)
     around: tuple[Instruction, ...] = ()
     trips = 1.0
-    if inside < needed and (outer := _enclosing(loop)):
-        around = (
-            *outer.body[: loop.first - outer.first],
-            *outer.body[loop.last + 1 - outer.first :],
-        )
-        trips = (needed - sum(multiply_adds(i, search) for i in around)) / inside
+    if search.chunks > 1 and inside < needed and (outer := _enclosing(loop)):
+        start, end = loop.first - outer.first, loop.last + 1 - outer.first
+        around = outer.body[:start] + outer.body[end:]
+        # Chunks that the compiler peeled off the inner loop are done around it.
+        peeled = sum(multiply_adds(i, search) for i in around) * search.chunks / needed
+        trips = search.chunks - peeled
     pairs = search.warp_pairs / 32
     found = trips * inside + sum(multiply_adds(i, search) for i in around)
 

@@ -108,7 +108,6 @@ def _empty_outputs(x: Tensor, codebooks: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _forward_triton(x: Tensor, codebooks: Tensor) -> tuple[Tensor, Tensor]:
-    from fastvq.kernels.triton.nearest_code import nearest_code_forward
     from fastvq.kernels.triton.residual_quantize import subtract_codes, sum_of_codes
 
     # The one scratch of the input's size; the first level searches x itself.
@@ -116,10 +115,10 @@ def _forward_triton(x: Tensor, codebooks: Tensor) -> tuple[Tensor, Tensor]:
     indices = x.new_empty((len(codebooks), len(x)), dtype=torch.int64)
     for level, book in enumerate(codebooks):
         source = x if level == 0 else residual
-        found, _ = nearest_code_forward(source[None], book[None], metric="l2", distance=False)
-        indices[level] = found[0]
+        found, _ = search(source, book, "l2", "triton", return_distance=False)
+        indices[level] = found
         if level + 1 < len(codebooks):
-            subtract_codes(source, book, found[0], residual)
+            subtract_codes(source, book, found, residual)
     return sum_of_codes(codebooks, indices.T), indices.T.contiguous()
 
 

@@ -144,13 +144,10 @@ def _forward_cpp(
 def _forward_triton(
     x: Tensor, codebook: Tensor, mask: Tensor | None, metric: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from fastvq.kernels.triton.nearest_code import nearest_code_forward
     from fastvq.kernels.triton.vector_quantize import vector_quantize_forward
 
-    rows = x if x.dim() == 3 else x[None]
-    books = codebook if codebook.dim() == 3 else codebook[None]
-    found, _ = nearest_code_forward(rows, books, metric=metric, distance=False)
-    return vector_quantize_forward(x, codebook, mask, found.view(x.shape[:-1]))
+    found, _ = search(x, codebook, metric, "triton", return_distance=False)
+    return vector_quantize_forward(x, codebook, mask, found)
 
 
 def _coded_rows(x: Tensor, codebook: Tensor) -> tuple[int, ...]:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tolerances import UNIT_ROUNDOFF, assert_within, sum_bound
+from tolerances import UNIT_ROUNDOFF, assert_within, rounding_bound, sum_bound
 
 from fastvq import ops
 
@@ -66,6 +66,158 @@ def test_float32_gradients_against_float64(gradient):
     pulled = (2 * weights[1][:, None] * (x64 - truth.quantized)).detach().abs()
     bound = 8 * (d + 8) * UNIT_ROUNDOFF[torch.float32] * (5 * scale * length + pulled)
     assert_within(x.grad, x64.grad, bound)
+
+
+HALVES = [torch.float16, torch.bfloat16]
+
+
+def _kernel_and_truth(x, codebook, weights, **options):
+    """Outputs and gradients of the C++ kernels, and of native autograd in float64."""
+    results = []
+    for backend, wide in (("cpp", False), ("reference", True)):
+        rows, codes = (
+            (t.detach().double() if wide else t.detach()).requires_grad_() for t in (x, codebook)
+        )
+        output = ops.vector_quantize(rows, codes, backend=backend, **options)
+        _objective(
+            output, [w.to(torch.float64 if wide else torch.float32) for w in weights]
+        ).backward()
+        results.append((output, rows.grad, codes.grad))
+    return results
+
+
+def _assert_gradients_close(ours, truth, x, codebook, weights):
+    (_, grad_x, grad_codebook), (expected, true_x, true_codebook) = ours, truth
+    d, n = x.shape[-1], x.shape[:-1].numel()
+    found = (expected.indices >= 0)[..., None]
+    rows = torch.where(found, x.detach().double(), 1.0)
+    q = torch.where(found, expected.quantized.detach(), 1.0)
+    # As in test_float32_gradients_against_float64; then rounded to the dtype of the input.
+    scale = (q.norm(dim=-1) / rows.norm(dim=-1))[..., None].clamp(min=1)
+    length = weights[0].double().norm(dim=-1, keepdim=True)
+    pulled = (2 * weights[1].double()[..., None] * (rows - q)).abs()
+    bound = 8 * (d + 8) * UNIT_ROUNDOFF[torch.float32] * (5 * scale * length + pulled)
+    assert_within(grad_x, true_x, bound + rounding_bound(true_x, x.dtype))
+    # No sum has more than n terms of at most the greatest size.
+    largest = (2 * weights[2].double()[..., None] * (rows - q)).abs().max()
+    bound = sum_bound(n + 3, torch.full_like(true_codebook, n * largest))
+    assert_within(
+        grad_codebook, true_codebook, bound + rounding_bound(true_codebook, codebook.dtype)
+    )
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("metric", ["l2", "dot"])
+@pytest.mark.parametrize("heads", [None, "shared", "separate"])
+@pytest.mark.parametrize("mask", [None, "rows", "heads and rows"])
+def test_kernel_gradients_against_native_autograd(mask, heads, metric, gradient):
+    if mask == "heads and rows" and heads is None:
+        pytest.skip("there are no heads")
+    rows = (30, 20) if heads is None else (2, 15, 20)
+    x, codebook = _leaves(rows, (2, 7, 20) if heads == "separate" else (7, 20))
+    with torch.no_grad():
+        x[..., 2, 3] = torch.nan
+    weights = [w.detach() for w in _leaves(rows, rows[:-1], rows[:-1], seed=1)]
+    weights[1][..., 2] = weights[2][..., 2] = 0.0  # a NaN loss has no useful gradient
+    options = {"metric": metric, "gradient": gradient}
+    if mask is not None:
+        shape = torch.Size(rows[-2:-1] if mask == "rows" else rows[:-1])
+        options["mask"] = torch.arange(shape.numel()).reshape(shape) % 3 > 0
+    ours, truth = _kernel_and_truth(x, codebook, weights, **options)
+    assert torch.equal(ours[0].indices, truth[0].indices)
+    assert torch.equal(
+        ours[0].quantized.nan_to_num(9.0), truth[0].quantized.float().nan_to_num(9.0)
+    )
+    for loss, true_loss in zip(ours[0][2:], truth[0][2:]):
+        assert torch.equal(loss.isnan(), true_loss.isnan())
+        assert_within(
+            loss.nan_to_num(), true_loss.nan_to_num(), sum_bound(22, true_loss.nan_to_num())
+        )
+    _assert_gradients_close(ours, truth, x, codebook, weights)
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("x_dtype", [torch.float32, *HALVES])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
+def test_kernel_gradients_in_every_dtype(dtype, x_dtype, gradient):
+    x, codebook = (
+        t.detach().to(kind) for t, kind in zip(_leaves((40, 33), (6, 33)), (x_dtype, dtype))
+    )
+    # Upstream gradients that every dtype holds.
+    weights = [
+        w.detach().bfloat16().half().float() for w in _leaves((40, 33), (40,), (40,), seed=1)
+    ]
+    ours, truth = _kernel_and_truth(x, codebook, weights, gradient=gradient)
+    assert torch.equal(ours[0].indices, truth[0].indices)
+    assert torch.equal(ours[0].quantized, codebook[ours[0].indices])
+    assert (ours[1].dtype, ours[2].dtype) == (x_dtype, dtype)
+    _assert_gradients_close(ours, truth, x, codebook, weights)
+
+
+def test_strided_inputs_and_gradients():
+    x, codebook = (t.detach() for t in _leaves((12, 30), (9, 24)))
+    weight = _leaves((30, 12), seed=1)[0].detach()
+    plain = None
+    for rows, codes in (
+        (x.t().contiguous(), codebook[:, ::2].contiguous()),
+        (x.t(), codebook[:, ::2]),
+        (torch.cat([x.t(), x.t()], dim=1)[:, 12:], codebook[:, ::2]),
+    ):
+        rows, codes = rows.detach().requires_grad_(), codes.detach().requires_grad_()
+        output = ops.vector_quantize(rows, codes, gradient="rotation")
+        # Every second loss, in turned memory, and one number for all.
+        (output.quantized.t() * weight.t()).sum().backward(retain_graph=True)
+        (output.commitment[::2].sum() + output.codebook.mean()).backward()
+        results = [*output, rows.grad, codes.grad]
+        plain = plain or results
+        assert all(torch.equal(a, b) for a, b in zip(results, plain))
+
+
+@pytest.mark.parametrize("wanted", ["quantized", "commitment", "codebook"])
+def test_one_gradient_alone(wanted):
+    x, codebook = _leaves((20, 5), (4, 5))
+    output = ops.vector_quantize(x, codebook)
+    getattr(output, wanted).sum().backward()
+    q = codebook.detach()[output.indices]
+    if wanted == "codebook":
+        pull = 2 * (q - x.detach()).double()
+        expected = torch.zeros(4, 5, dtype=torch.float64).index_add_(0, output.indices, pull)
+        torch.testing.assert_close(codebook.grad.double(), expected)
+        assert x.grad is None
+    else:
+        expected = torch.ones_like(q) if wanted == "quantized" else 2 * (x.detach() - q)
+        assert torch.equal(x.grad, expected)
+        assert codebook.grad is None
+
+
+def test_a_codebook_changed_before_backward_is_refused():
+    x, codebook = _leaves((20, 5), (4, 5))
+    output = ops.vector_quantize(x, codebook)
+    with torch.no_grad():
+        codebook.add_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.commitment.sum().backward()
+
+
+def test_second_derivatives_are_refused():
+    x, codebook = _leaves((20, 5), (4, 5))
+    objective = ops.vector_quantize(x, codebook).quantized.square().sum()
+    (grad,) = torch.autograd.grad(objective, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_autocast_changes_nothing():
+    x, codebook = _leaves((20, 5), (4, 5))
+    plain = ops.vector_quantize(x, codebook)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = ops.vector_quantize(x, codebook)
+        sums = ops.code_statistics(x, output.indices, 4)[1]
+    assert all(torch.equal(a, b) for a, b in zip(output, plain))
+    assert all(a.dtype == b.dtype for a, b in zip(output, plain))
+    assert torch.equal(sums, ops.code_statistics(x, output.indices, 4)[1])
+    (output.quantized.sum() + output.commitment.sum()).backward()
+    assert x.grad.dtype == torch.float32
 
 
 @pytest.mark.parametrize("gradient", GRADIENTS)
@@ -158,8 +310,9 @@ def test_dtypes():
     assert both.codebook.dtype == torch.float32
 
 
-def test_codebook_used_twice_adds_up():
-    x, codebook = _leaves((10, 4), (5, 4), dtype=torch.float64)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_codebook_used_twice_adds_up(dtype):
+    x, codebook = _leaves((10, 4), (5, 4), dtype=dtype)
     ops.vector_quantize(x, codebook).codebook.sum().backward()
     once = codebook.grad.clone()
     codebook.grad = None
@@ -186,21 +339,28 @@ def test_opcheck():
     torch.library.opcheck(raw.vector_quantize.default, (x, codebook, mask, "l2", "cpp"))
     torch.library.opcheck(raw.vector_quantize.default, (x, codebook, None, "dot", "reference"))
     indices = ops.nearest_code(x, codebook)
-    for gradient in GRADIENTS:
+    for grad_quantized, grad_loss, backend in (
+        (x, x[:, 0], "cpp"),
+        (None, x[:, 0], "cpp"),
+        (x, None, "reference"),
+    ):
         torch.library.opcheck(
             raw.vector_quantize_backward_x.default,
-            (x, x[:, 0], x, codebook, indices, gradient, "cpp"),
+            (grad_quantized, grad_loss, x, codebook, indices, "rotation", backend),
         )
-    torch.library.opcheck(
-        raw.vector_quantize_backward_codebook.default, (x[:, 0], x, codebook, indices, "cpp")
-    )
+    for backend in ("cpp", "reference"):
+        torch.library.opcheck(
+            raw.vector_quantize_backward_codebook.default,
+            (x[:, 0], x, codebook, indices, backend),
+        )
 
 
 def test_training_step_compiles_to_one_graph():
     x, codebook = _leaves((40, 4), (5, 4))
+    mask = torch.arange(40) % 3 > 0
 
     def loss(x, codebook):
-        output = ops.vector_quantize(x, codebook, gradient="rotation")
+        output = ops.vector_quantize(x, codebook, mask=mask, gradient="rotation")
         return output.quantized.square().sum() + output.commitment.sum() + output.codebook.sum()
 
     loss(x, codebook).backward()

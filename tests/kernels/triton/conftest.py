@@ -1,6 +1,7 @@
 """Where the Triton kernels run: on the GPU, or under Triton's interpreter where there is none.
 
-The static checks live in benchmarks/, which only `python -m pytest` finds by itself.
+The static checks live in benchmarks/, which only `python -m pytest` finds by itself. They compile
+in processes of their own, without the interpreter.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.append(str(Path(__file__).resolve().parents[3]))
+# For benchmarks/static, and for the emulator beside this file.
+sys.path += [str(Path(__file__).resolve().parents[3]), str(Path(__file__).resolve().parent)]
 
 # Read when a kernel is imported, and for good.
 if not torch.cuda.is_available():

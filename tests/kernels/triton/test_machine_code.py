@@ -190,14 +190,25 @@ def broken_rules(text: str) -> set[str]:
 
 
 def test_a_removed_wait_is_seen(healthy: Examined) -> None:
-    for wait in main_loop_lines(healthy, "WARPGROUP.DEPBAR"):
+    lines = main_loop_lines(healthy, "GMMA") + main_loop_lines(healthy, "WARPGROUP.DEPBAR")
+    lines.sort(key=lambda line: int(line.split("*")[1], 16))
+    # A wait between two products on one accumulator could be left out.
+    needed = [
+        line
+        for line, after in zip(lines, [*lines[1:], lines[0]])
+        if "DEPBAR" in line and ("RZ" in after or "DEPBAR" in after)
+    ]
+    assert len(needed) >= 2
+    for wait in needed:
         rules = broken_rules(healthy.code.sass.replace(wait, ""))
         assert "accumulator touched in flight" in rules
 
 
-def test_removed_maxima_are_seen(healthy: Examined) -> None:
-    text = healthy.code.sass
-    for line in main_loop_lines(healthy, "FMNMX")[:6]:
+def test_removed_maxima_are_seen(examined: list[Examined]) -> None:
+    # The plain kernel copies its accumulator, which reads it: its maxima are not followed.
+    case = sass_of(examined, "hopper W16")
+    text = case.code.sass
+    for line in main_loop_lines(case, "FMNMX")[:6]:
         text = text.replace(line, "")
     assert "accumulator overwritten unread" in broken_rules(text)
 
