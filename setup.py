@@ -33,8 +33,15 @@ AVX512_FLAGS = [
 X86_FLAGS = {
     "nearest_code_avx2.cpp": AVX2_FLAGS,
     "nearest_code_avx512.cpp": AVX512_FLAGS,
+    "nearest_code_vnni.cpp": AVX512_FLAGS,
+    "nearest_code_amx.cpp": AVX512_FLAGS,
     "row_passes_avx2.cpp": AVX2_FLAGS,
     "row_passes_avx512.cpp": AVX512_FLAGS,
+}
+# Flags that a compiler may be too old for; without them the file compiles to an empty search.
+NEWER_FLAGS = {
+    "nearest_code_vnni.cpp": ["-mavx512vnni"],
+    "nearest_code_amx.cpp": ["-mamx-tile", "-mamx-int8"],
 }
 MAX_JOBS = 2
 
@@ -73,6 +80,12 @@ def core_sources() -> dict[Path, list[str]]:
     }
 
 
+def accepts(compiler: list[str], flags: list[str]) -> bool:
+    """Whether the compiler knows these flags."""
+    command = [*compiler, *flags, "-x", "c++", "-fsyntax-only", os.devnull]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
 def ninja_escape(text: str) -> str:
     return text.replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
@@ -82,7 +95,9 @@ def ninja_file(compiler: list[str], output: Path) -> str:
     apple = sys.platform == "darwin"
     shared = ["-bundle", "-undefined", "dynamic_lookup"] if apple else ["-shared"]
     include = ["-I" + sysconfig.get_path("include"), "-I" + sysconfig.get_path("platinclude")]
-    flags = shlex.join([*COMMON_FLAGS, *dict.fromkeys(include)]).replace("$", "$$")
+    newer = {name: own for name, own in NEWER_FLAGS.items() if accepts(compiler, own)}
+    without = [] if "nearest_code_amx.cpp" in newer else ["-DFASTVQ_WITHOUT_AMX"]
+    flags = shlex.join([*COMMON_FLAGS, *without, *dict.fromkeys(include)]).replace("$", "$$")
     lines = [
         f"cxx = {shlex.join(compiler)} -pthread",
         f"flags = {flags}",
@@ -98,7 +113,7 @@ def ninja_file(compiler: list[str], output: Path) -> str:
         objects.append(f"{source.stem}.o")
         lines += [
             f"build {objects[-1]}: compile {ninja_escape(str(source.resolve()))}",
-            f"  own = {shlex.join(own)}",
+            f"  own = {shlex.join([*own, *newer.get(source.name, [])])}",
         ]
     lines.append(f"build {ninja_escape(str(output.resolve()))}: link {' '.join(objects)}")
     return "\n".join(lines) + "\n"

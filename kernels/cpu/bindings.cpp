@@ -68,17 +68,25 @@ void check_metric(int metric) {
         "_fastvq_C: metric codes are 0 (l2) and 1 (dot).");
 }
 
-const fastvq::NearestCodeKernel& kernel_in_use() {
+fastvq::NearestCodeKernel kernel_in_use() {
   switch (fastvq::isa_in_use()) {
 #if defined(__x86_64__)
     case fastvq::Isa::kAmx:
-    case fastvq::Isa::kAvx512:
-      return fastvq::nearest_code_avx512;
+      return {&fastvq::nearest_code_int8_amx, &fastvq::nearest_code_int16_vnni,
+              &fastvq::nearest_code_avx512_float32, &fastvq::nearest_code_avx512_float64};
+    case fastvq::Isa::kAvx512: {
+      const bool vnni = fastvq::machine_has_vnni();
+      return {vnni ? &fastvq::nearest_code_int8_vnni : nullptr,
+              vnni ? &fastvq::nearest_code_int16_vnni : nullptr,
+              &fastvq::nearest_code_avx512_float32, &fastvq::nearest_code_avx512_float64};
+    }
     case fastvq::Isa::kAvx2:
-      return fastvq::nearest_code_avx2;
+      return {nullptr, nullptr, &fastvq::nearest_code_avx2_float32,
+              &fastvq::nearest_code_avx2_float64};
 #endif
     default:
-      return fastvq::nearest_code_generic;
+      return {nullptr, nullptr, &fastvq::nearest_code_generic_float32,
+              &fastvq::nearest_code_generic_float64};
   }
 }
 
@@ -99,9 +107,9 @@ const fastvq::RowPasses& passes_in_use() {
 PyObject* nearest_code(PyObject*, PyObject* args) {
   unsigned long long x, codebook, indices, distance;
   long long N, K, D;
-  int x_dtype, codebook_dtype, metric, num_threads;
-  if (!PyArg_ParseTuple(args, "KiKiKKLLLii", &x, &x_dtype, &codebook, &codebook_dtype, &indices,
-                        &distance, &N, &K, &D, &metric, &num_threads)) {
+  int x_dtype, codebook_dtype, metric, num_threads, searches = fastvq::kAllSearches;
+  if (!PyArg_ParseTuple(args, "KiKiKKLLLii|i", &x, &x_dtype, &codebook, &codebook_dtype, &indices,
+                        &distance, &N, &K, &D, &metric, &num_threads, &searches)) {
     return nullptr;
   }
   return guarded([&]() -> PyObject* {
@@ -109,12 +117,12 @@ PyObject* nearest_code(PyObject*, PyObject* args) {
     check_dtype(codebook_dtype);
     check_sizes(N >= 0 && K >= 0 && D >= 1 && num_threads >= 1);
     check_metric(metric);
-    const fastvq::NearestCodeKernel& kernel = kernel_in_use();
+    const fastvq::NearestCodeKernel kernel = kernel_in_use();
     {
       const WithoutPythonLock unlocked;
       fastvq::nearest_code(kernel, address<const void*>(x), x_dtype, address<const void*>(codebook),
                            codebook_dtype, address<int64_t*>(indices), address<float*>(distance), N,
-                           K, D, metric, num_threads);
+                           K, D, metric, num_threads, searches);
     }
     Py_RETURN_NONE;
   });
@@ -179,7 +187,7 @@ PyObject* vector_quantize(PyObject*, PyObject* args) {
     const fastvq::CodedRows rows = in.checked(num_threads);
     check(mask == 0 || mask_rows >= 1 || in.num_rows() == 0, "_fastvq_C: the mask has no rows.");
     check_metric(metric);
-    const fastvq::NearestCodeKernel& kernel = kernel_in_use();
+    const fastvq::NearestCodeKernel kernel = kernel_in_use();
     const fastvq::RowPasses& passes = passes_in_use();
     {
       const WithoutPythonLock unlocked;
@@ -251,7 +259,7 @@ PyObject* residual_quantize(PyObject*, PyObject* args) {
   }
   return guarded([&]() -> PyObject* {
     in.checked(num_threads);
-    const fastvq::NearestCodeKernel& kernel = kernel_in_use();
+    const fastvq::NearestCodeKernel kernel = kernel_in_use();
     const fastvq::RowPasses& passes = passes_in_use();
     {
       const WithoutPythonLock unlocked;
@@ -288,10 +296,12 @@ PyObject* isa_in_use(PyObject*, PyObject*) {
 PyMethodDef methods[] = {
     {"nearest_code", nearest_code, METH_VARARGS,
      "nearest_code(x, x_dtype, codebook, codebook_dtype, indices, distance, N, K, D, metric, "
-     "num_threads)\n\n"
+     "num_threads, searches=7)\n\n"
      "Writes the exact nearest code of each row into indices (int64), and the winner's score into\n"
      "distance (float32; 0 for none). Tensors are addresses of contiguous memory; dtype codes:\n"
-     "0 float32, 1 float16, 2 bfloat16; metric: 0 l2, 1 dot. See kernels/cpu/nearest_code.h."},
+     "0 float32, 1 float16, 2 bfloat16; metric: 0 l2, 1 dot. searches, for tests: which coarse "
+     "searches may be used,\n"
+     "1 int8 + 2 int16 + 4 float32. See kernels/cpu/nearest_code.h."},
     {"code_statistics", code_statistics, METH_VARARGS,
      "code_statistics(x, x_dtype, indices, counts, sums, books, N, K, D, num_threads)\n\n"
      "Writes the number of rows per code into counts (float32, (books, K)) and their sums into\n"
@@ -317,8 +327,7 @@ PyMethodDef methods[] = {
      "Names of the instruction sets this machine has: generic, avx2, avx512, amx."},
     {"isa_in_use", isa_in_use, METH_NOARGS,
      "Name of the kernels the next call takes: the widest that the machine and the environment\n"
-     "variable FASTVQ_CPU_ISA, read at every call, allow. There is no AMX kernel: amx gives\n"
-     "avx512."},
+     "variable FASTVQ_CPU_ISA, read at every call, allow."},
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -8,6 +8,10 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #endif
 
 namespace fastvq {
@@ -23,14 +27,28 @@ uint64_t saved_state() {
   return (static_cast<uint64_t>(high) << 32) | low;
 }
 
+// Tile registers are switched on per process, by asking the kernel (arch_prctl(2)).
+bool tiles_permitted() {
+#if defined(__linux__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
 bool machine_has_amx() {
+#if defined(FASTVQ_WITHOUT_AMX)  // the compiler could not make the kernel
+  return false;
+#else
   uint32_t a, b, c, d;
   if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & (1u << 27))) return false;  // OSXSAVE
   constexpr uint64_t kTileState = (1u << 17) | (1u << 18);
   if ((saved_state() & kTileState) != kTileState) return false;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-  constexpr uint32_t kBf16 = 1u << 22, kTile = 1u << 24;
-  return (d & (kBf16 | kTile)) == (kBf16 | kTile);
+  constexpr uint32_t kTile = 1u << 24, kInt8 = 1u << 25;
+  return (d & (kTile | kInt8)) == (kTile | kInt8) && tiles_permitted();
+#endif
 }
 
 bool machine_has(Isa isa) {
@@ -45,7 +63,7 @@ bool machine_has(Isa isa) {
              __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
              __builtin_cpu_supports("avx512vl");
     case Isa::kAmx:
-      return machine_has(Isa::kAvx512) && machine_has_amx();
+      return machine_has_vnni() && machine_has_amx();
   }
   return false;
 }
@@ -77,6 +95,14 @@ std::vector<Isa> isa_available() {
   return found;
 }
 
+bool machine_has_vnni() {
+#if defined(__x86_64__)
+  return machine_has(Isa::kAvx512) && __builtin_cpu_supports("avx512vnni");
+#else
+  return false;
+#endif
+}
+
 Isa isa_in_use() {
   const std::vector<Isa> available = isa_available();
   Isa widest = available.back();
@@ -95,7 +121,7 @@ Isa isa_in_use() {
     }
     widest = *known;
   }
-  return std::min(widest, Isa::kAvx512);
+  return widest;
 }
 
 }  // namespace fastvq

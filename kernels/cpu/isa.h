@@ -6,13 +6,16 @@
 
 namespace fastvq {
 
-// In order of width. There is no AMX kernel: where it is allowed, the AVX-512 kernel runs.
+// In order of width. avx512 takes VNNI in where the processor has it; amx means 8-bit tiles.
 enum class Isa : int { kGeneric = 0, kAvx2 = 1, kAvx512 = 2, kAmx = 3 };
 
 const char* isa_name(Isa isa);
 
 // Instruction sets that the processor has and the operating system lets programs use.
 std::vector<Isa> isa_available();
+
+// Whether AVX-512 has whole-number products here: VNNI, an extension within the level avx512.
+bool machine_has_vnni();
 
 // The widest kernel the machine and FASTVQ_CPU_ISA allow. Reads the variable at every call (hold
 // Python's lock: it guards os.environ). Throws std::runtime_error for a word it does not know and

@@ -35,36 +35,47 @@ FASTVQ_INLINE void copy_few(const Element* from, int64_t count, Element* to) {
   }
 }
 
+// A half-precision element becomes a float in some ten instructions: one copy for all callers, or
+// the compiler unrolls them everywhere.
+template <class Vector, class Element>
+__attribute__((noinline)) Vector load_halves(const Element* from, int64_t count) {
+  constexpr int64_t kLanes = sizeof(Vector) / sizeof(float);
+  float floats[kLanes] = {};
+  for (int64_t i = 0; i < count; ++i) floats[i] = to_float(from[i]);
+  Vector vector;
+  memcpy(&vector, floats, sizeof vector);
+  return vector;
+}
+
+template <class Vector, class Element>
+__attribute__((noinline)) void store_halves(Vector vector, Element* to, int64_t count) {
+  constexpr int64_t kLanes = sizeof(Vector) / sizeof(float);
+  float floats[kLanes];
+  memcpy(floats, &vector, sizeof vector);
+  for (int64_t i = 0; i < count; ++i) to[i] = rounded<Element>(floats[i]);
+}
+
 // The first `count` ≤ lanes elements from `from` as floats; the other lanes are zero.
 template <class Vector, class Element>
 FASTVQ_INLINE Vector load_floats(const Element* from, int64_t count) {
-  constexpr int64_t kLanes = sizeof(Vector) / sizeof(float);
-  Element elements[kLanes];
-  if (count == kLanes) {
-    memcpy(elements, from, sizeof elements);
+  if (sizeof(Element) < sizeof(float)) return load_halves<Vector>(from, count);
+  Vector vector = {};
+  if (count == sizeof(Vector) / sizeof(float)) {
+    memcpy(&vector, from, sizeof vector);
   } else {
-    memset(elements, 0, sizeof elements);
-    copy_few(from, count, elements);
+    copy_few(from, count, reinterpret_cast<Element*>(&vector));
   }
-  float floats[kLanes];
-  for (int64_t i = 0; i < kLanes; ++i) floats[i] = to_float(elements[i]);
-  Vector vector;
-  memcpy(&vector, floats, sizeof vector);
   return vector;
 }
 
 // Writes the first `count` ≤ lanes lanes, each rounded to Element.
 template <class Vector, class Element>
 FASTVQ_INLINE void store_floats(Vector vector, Element* to, int64_t count) {
-  constexpr int64_t kLanes = sizeof(Vector) / sizeof(float);
-  float floats[kLanes];
-  memcpy(floats, &vector, sizeof vector);
-  Element elements[kLanes];
-  for (int64_t i = 0; i < kLanes; ++i) elements[i] = rounded<Element>(floats[i]);
-  if (count == kLanes) {
-    memcpy(to, elements, sizeof elements);
+  if (sizeof(Element) < sizeof(float)) return store_halves(vector, to, count);
+  if (count == sizeof(Vector) / sizeof(float)) {
+    memcpy(to, &vector, sizeof vector);
   } else {
-    copy_few(elements, count, to);
+    copy_few(reinterpret_cast<const Element*>(&vector), count, to);
   }
 }
 

@@ -62,39 +62,53 @@ struct Codes {
 // Makes a float64 sum of squares' root an upper bound: covers its rounding for any D below 2^39.
 constexpr double kSumMargin = 1.0001;
 
-uint64_t hash_of(const float* row, int64_t D) {
-  uint64_t hash = 0x9e3779b97f4a7c15u;
-  for (int64_t d = 0; d < D; ++d) {
-    uint32_t bits;
-    std::memcpy(&bits, row + d, sizeof bits);
-    hash = (hash ^ bits) * 0xff51afd7ed558ccdu;
-    hash ^= hash >> 32;
+uint64_t hash_of(const char* row, size_t bytes) {
+  constexpr size_t kWays = 4;  // side by side: one chain of products would wait for each
+  uint64_t ways[kWays] = {0x9e3779b97f4a7c15u, 0xc2b2ae3d27d4eb4fu, 0x165667b19e3779f9u,
+                          0x27d4eb2f165667c5u};
+  const auto take_in = [](uint64_t& way, uint64_t word) {
+    way = (way ^ word) * 0xff51afd7ed558ccdu;
+    way ^= way >> 32;
+  };
+  size_t at = 0;
+  for (; at + 8 * kWays <= bytes; at += 8 * kWays) {
+    for (size_t way = 0; way < kWays; ++way) {
+      uint64_t word;
+      std::memcpy(&word, row + at + 8 * way, sizeof word);
+      take_in(ways[way], word);
+    }
   }
-  return hash;
+  for (; at < bytes; at += 2) {  // no number is shorter
+    uint16_t word;
+    std::memcpy(&word, row + at, sizeof word);
+    take_in(ways[0], word);
+  }
+  for (size_t way = 1; way < kWays; ++way) take_in(ways[0], ways[way]);
+  return ways[0];
 }
 
-// Open-addressing table of kept rows by content.
+// Open-addressing table of rows by content; rows are `stride` bytes apart, `bytes` long.
 class SeenRows {
  public:
-  explicit SeenRows(int64_t capacity) {
+  SeenRows(const void* rows, size_t stride, size_t bytes, int64_t capacity)
+      : rows_(static_cast<const char*>(rows)), stride_(stride), bytes_(bytes) {
     while (mask_ + 1 < static_cast<uint64_t>(2 * capacity)) mask_ = 2 * mask_ + 1;
     slots_.assign(mask_ + 1, -1);
   }
 
-  // Whether `row` equals one added before; otherwise adds it as kept row `k`.
-  bool holds_or_adds(const std::vector<float>& rows, int64_t width, int64_t k, int64_t D) {
-    const float* row = rows.data() + k * width;
-    for (uint64_t at = hash_of(row, D) & mask_;; at = (at + 1) & mask_) {
-      if (slots_[at] < 0) {
-        slots_[at] = k;
-        return false;
-      }
-      const float* other = rows.data() + slots_[at] * width;
-      if (std::memcmp(other, row, static_cast<size_t>(D) * sizeof(float)) == 0) return true;
+  // The row equal to row n that was seen before, or n itself, which then counts as seen.
+  int64_t first_equal(int64_t n) {
+    const char* row = rows_ + static_cast<size_t>(n) * stride_;
+    for (uint64_t at = hash_of(row, bytes_) & mask_;; at = (at + 1) & mask_) {
+      if (slots_[at] < 0) return slots_[at] = n;
+      const char* other = rows_ + static_cast<size_t>(slots_[at]) * stride_;
+      if (std::memcmp(other, row, bytes_) == 0) return slots_[at];
     }
   }
 
  private:
+  const char* rows_;
+  size_t stride_, bytes_;
   uint64_t mask_ = 1;
   std::vector<int64_t> slots_;
 };
@@ -103,35 +117,55 @@ class SeenRows {
 void keep_rows(const void* codebook, int dtype, int64_t K, int64_t D, Codes& codes) {
   const int64_t width = padded_width(D);
   codes.rows.assign(static_cast<size_t>(K * width), 0.0f);
-  SeenRows seen(K);
+  const size_t row_bytes = static_cast<size_t>(D) * sizeof(float);
+  SeenRows seen(codes.rows.data(), static_cast<size_t>(width) * sizeof(float), row_bytes, K);
   int64_t kept = 0;
   for (int64_t k = 0; k < K; ++k) {
     float* row = codes.rows.data() + kept * width;
     read_floats(codebook, dtype, k * D, D, row);
     if (!std::all_of(row, row + D, is_finite)) continue;
-    if (seen.holds_or_adds(codes.rows, width, kept, D)) continue;
+    for (int64_t d = 0; d < D; ++d) row[d] += 0.0f;  // -0 and 0 count as equal
+    if (seen.first_equal(kept) != kept) continue;
     codes.ids.push_back(k);
     ++kept;
   }
 }
 
 // Per channel, the median of a few codes spread over the codebook: near most codes, whatever the
-// others hold. Any center is right; a near one makes the fast pass's error small.
+// others hold. Any center is right; a near one makes the fast pass's error small. Zero where the
+// median would bring the codes not much nearer: codes far smaller than it would drown in it.
 void choose_center(int64_t D, Codes& codes) {
   const int64_t width = padded_width(D), kept = static_cast<int64_t>(codes.ids.size());
   const int64_t samples = std::min<int64_t>(kept, 15);
   codes.center.assign(static_cast<size_t>(width), 0.0f);
-  std::vector<float> values(static_cast<size_t>(samples));
+  std::vector<float> values(static_cast<size_t>(samples)), sorted;
+  std::vector<double> from_zero(static_cast<size_t>(samples), 0.0), from_center = from_zero;
   double squares = 0.0;
   for (int64_t d = 0; d < D; ++d) {
     for (int64_t i = 0; i < samples; ++i) {
       values[static_cast<size_t>(i)] =
           codes.rows[static_cast<size_t>(i * kept / samples * width + d)];
+      const double value = static_cast<double>(values[static_cast<size_t>(i)]);
+      from_zero[static_cast<size_t>(i)] += value * value;
     }
-    std::nth_element(values.begin(), values.begin() + samples / 2, values.end());
-    const float median = values[static_cast<size_t>(samples / 2)];
+    sorted = values;
+    std::nth_element(sorted.begin(), sorted.begin() + samples / 2, sorted.end());
+    const float median = sorted[static_cast<size_t>(samples / 2)];
     codes.center[static_cast<size_t>(d)] = median;
     squares += static_cast<double>(median) * static_cast<double>(median);
+    for (int64_t i = 0; i < samples; ++i) {
+      const double difference =
+          static_cast<double>(values[static_cast<size_t>(i)]) - static_cast<double>(median);
+      from_center[static_cast<size_t>(i)] += difference * difference;
+    }
+  }
+  const auto middle = [&](std::vector<double>& of) {
+    std::nth_element(of.begin(), of.begin() + samples / 2, of.end());
+    return of[static_cast<size_t>(samples / 2)];
+  };
+  if (middle(from_center) > 0.5 * middle(from_zero)) {
+    codes.center.assign(static_cast<size_t>(width), 0.0f);
+    squares = 0.0;
   }
   codes.center_norm = kSumMargin * std::sqrt(squares);
 }
@@ -163,36 +197,149 @@ Codes keep_codes(const void* codebook, int dtype, int64_t K, int64_t D, int metr
   return codes;
 }
 
-// Runs one search over `count` rows (all of them, or those listed) in blocks taken by whichever
-// thread is free. Every row's answer is exact, so who takes it does not matter.
-void search_rows(const NearestCodeSearch& search, const NearestCodeProblem& problem,
-                 const int64_t* rows, int64_t count, int num_threads) {
-  const Memory panels = allocate(search.panel_bytes(problem));
-  search.pack(problem, panels.get());
-  const int64_t blocks = (count + kBlockRows - 1) / kBlockRows;
-  const double products = static_cast<double>(count) * static_cast<double>(problem.num_codes) *
-                          static_cast<double>(problem.D);
-  const int workers =
-      static_cast<int>(std::min<int64_t>(useful_threads(num_threads, products), blocks));
-  const size_t scratch_bytes = aligned(search.scratch_bytes(problem));
-  const Memory scratch = allocate(scratch_bytes * static_cast<size_t>(workers));
-  std::atomic<int64_t> next{0};
-  run_workers(workers, [&](int worker) {
-    const DefaultFloatingPoint environment;
-    char* own = static_cast<char*>(scratch.get()) + scratch_bytes * static_cast<size_t>(worker);
-    for (int64_t block = next++; block < blocks; block = next++) {
-      const int64_t first = block * kBlockRows;
-      const int64_t size = std::min(kBlockRows, count - first);
-      search.search(problem, panels.get(), rows ? rows + first : nullptr, first, size, own);
+// One search of the ladder, its codes packed at the first use.
+class Step {
+ public:
+  Step(const NearestCodeSearch& search, double pass) : search_(search), pass_(pass) {}
+
+  // What a pass costs per row, candidates aside: cycles, roughly.
+  double pass() const { return pass_; }
+
+  // Runs over `count` rows (those listed, or first_row … where rows is null) in blocks taken by
+  // whichever thread is free; every row's answer is exact, so who takes it does not matter.
+  // Returns how many places were looked into.
+  int64_t run(const NearestCodeProblem& problem, const int64_t* rows, int64_t first_row,
+              int64_t count, int num_threads) {
+    if (!panels_) {
+      panels_ = allocate(search_.panel_bytes(problem));
+      search_.pack(problem, panels_.get());
     }
-  });
+    const int64_t blocks = (count + kBlockRows - 1) / kBlockRows;
+    const int workers = static_cast<int>(
+        std::min<int64_t>(useful_threads(num_threads, pass_ * static_cast<double>(count)), blocks));
+    const size_t scratch_bytes = aligned(search_.scratch_bytes(problem));
+    const Memory scratch = allocate(scratch_bytes * static_cast<size_t>(workers));
+    std::atomic<int64_t> next{0}, places{0};
+    run_workers(workers, [&](int worker) {
+      const DefaultFloatingPoint environment;
+      char* own = static_cast<char*>(scratch.get()) + scratch_bytes * static_cast<size_t>(worker);
+      for (int64_t block = next++; block < blocks; block = next++) {
+        const int64_t first = block * kBlockRows;
+        const int64_t size = std::min(kBlockRows, count - first);
+        places += search_.search(problem, panels_.get(), rows ? rows + first : nullptr,
+                                 first_row + first, size, own);
+      }
+    });
+    return places;
+  }
+
+ private:
+  const NearestCodeSearch& search_;
+  double pass_;
+  Memory panels_;
+};
+
+std::vector<int64_t> hard_rows(const int64_t* indices, int64_t first, int64_t last) {
+  std::vector<int64_t> hard;
+  for (int64_t n = first; n < last; ++n) {
+    if (indices[n] == kHardRow) hard.push_back(n);
+  }
+  return hard;
+}
+
+// The searches of the kernel that can take the problem, coarsest first.
+std::vector<Step> ladder(const NearestCodeKernel& kernel, const NearestCodeProblem& problem,
+                         int searches) {
+  const double vectors = static_cast<double>(problem.num_codes) / 16;
+  const double D = static_cast<double>(problem.D);
+  std::vector<Step> steps;
+  const auto add = [&](const NearestCodeSearch* search) {
+    if (search == nullptr || search->search == nullptr || !search->fits(problem)) return;
+    steps.emplace_back(*search, vectors * (search->cycles * D + 1.5));
+  };
+  if (searches & kInt8Search) add(kernel.int8);
+  if (searches & kInt16Search) add(kernel.int16);
+  if (searches & kFloat32Search) add(kernel.float32);
+  add(kernel.float64);
+  return steps;
+}
+
+// Where to begin for data like the first block's: each step is tried on the rows the one before
+// left, until one is cheaper than the next alone. Leaves the block settled as far as it came.
+size_t first_step(std::vector<Step>& steps, const NearestCodeProblem& problem, int num_threads) {
+  // Cycles per place: 4 codes' scores in float32.
+  const double place = 4 * (static_cast<double>(padded_width(problem.D)) * 3 / 16 + 15);
+  std::vector<int64_t> rows(kBlockRows);
+  for (int64_t n = 0; n < kBlockRows; ++n) rows[static_cast<size_t>(n)] = n;
+  for (size_t at = 0;; ++at) {
+    const double count = static_cast<double>(rows.size());
+    const auto places = static_cast<double>(
+        steps[at].run(problem, rows.data(), 0, static_cast<int64_t>(rows.size()), num_threads));
+    if (at + 1 == steps.size()) return at;
+    rows = hard_rows(problem.indices, 0, kBlockRows);
+    const double left = static_cast<double>(rows.size()) / count, next = steps[at + 1].pass();
+    if (steps[at].pass() + place * places / count + left * next <= next) return at;
+    if (rows.empty()) return at + 1;
+  }
+}
+
+// The last search, once per distinct row: it is slow, and rows that need it are often alike.
+void settle_hard(Step& step, const NearestCodeProblem& problem, const std::vector<int64_t>& hard,
+                 int num_threads) {
+  const int64_t count = static_cast<int64_t>(hard.size()), D = problem.D;
+  const size_t bytes = static_cast<size_t>(D) * sizeof(float);
+  std::vector<float> rows(static_cast<size_t>(count * D));
+  SeenRows seen(rows.data(), bytes, bytes, count);
+  std::vector<int64_t> distinct, repeats, originals;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t n = hard[static_cast<size_t>(i)];
+    float* row = rows.data() + i * D;
+    read_floats(problem.x, problem.x_dtype, n * D, D, row);
+    for (int64_t d = 0; d < D; ++d) row[d] += 0.0f;  // -0 and 0 count as equal
+    const int64_t original = seen.first_equal(i);
+    if (original == i) {
+      distinct.push_back(n);
+    } else {
+      repeats.push_back(n);
+      originals.push_back(hard[static_cast<size_t>(original)]);
+    }
+  }
+  step.run(problem, distinct.data(), 0, static_cast<int64_t>(distinct.size()), num_threads);
+  for (size_t i = 0; i < repeats.size(); ++i) {
+    problem.indices[repeats[i]] = problem.indices[originals[i]];
+    if (problem.distance != nullptr) {
+      problem.distance[repeats[i]] = problem.distance[originals[i]];
+    }
+  }
+}
+
+void settle_all(const NearestCodeKernel& kernel, const NearestCodeProblem& problem, int64_t N,
+                int num_threads, int searches) {
+  std::vector<Step> steps = ladder(kernel, problem, searches);
+  const bool try_first = N >= 4 * kBlockRows;
+  const int64_t tried = try_first ? kBlockRows : 0;
+  size_t at = try_first ? first_step(steps, problem, num_threads) : 0;
+  if (at + 1 < steps.size()) {
+    steps[at++].run(problem, nullptr, tried, N - tried, num_threads);
+  } else {
+    std::fill(problem.indices + tried, problem.indices + N, kHardRow);
+  }
+  for (; at < steps.size(); ++at) {
+    const std::vector<int64_t> hard = hard_rows(problem.indices, 0, N);
+    if (hard.empty()) return;
+    if (at + 1 == steps.size()) {
+      settle_hard(steps[at], problem, hard, num_threads);
+    } else {
+      steps[at].run(problem, hard.data(), 0, static_cast<int64_t>(hard.size()), num_threads);
+    }
+  }
 }
 
 }  // namespace
 
 void nearest_code(const NearestCodeKernel& kernel, const void* x, int x_dtype, const void* codebook,
                   int codebook_dtype, int64_t* indices, float* distance, int64_t N, int64_t K,
-                  int64_t D, int metric, int num_threads) {
+                  int64_t D, int metric, int num_threads, int searches) {
   if (N == 0) return;
   const DefaultFloatingPoint environment;
   const Codes codes = keep_codes(codebook, codebook_dtype, K, D, metric);
@@ -217,13 +364,7 @@ void nearest_code(const NearestCodeKernel& kernel, const void* x, int x_dtype, c
   problem.max_norm = codes.max_norm;
   problem.indices = indices;
   problem.distance = distance;
-  search_rows(kernel.float32, problem, nullptr, N, num_threads);
-  std::vector<int64_t> hard;
-  for (int64_t n = 0; n < N; ++n) {
-    if (indices[n] == kHardRow) hard.push_back(n);
-  }
-  if (hard.empty()) return;
-  search_rows(kernel.float64, problem, hard.data(), static_cast<int64_t>(hard.size()), num_threads);
+  settle_all(kernel, problem, N, num_threads, searches);
 }
 
 }  // namespace fastvq

@@ -44,22 +44,39 @@ constexpr int64_t kBlockRows = 96;
 
 // One precision of the search in one instruction set.
 struct NearestCodeSearch {
+  // Cycles per channel and 16 codes of its products, roughly: for choosing between searches.
+  double cycles;
+  // Whether it can take the problem at all.
+  bool (*fits)(const NearestCodeProblem& problem);
   // Bytes of the packed codes, and of the scratch one search needs.
   size_t (*panel_bytes)(const NearestCodeProblem& problem);
   size_t (*scratch_bytes)(const NearestCodeProblem& problem);
   void (*pack)(const NearestCodeProblem& problem, void* panels);
   // Settles rows[0 … count-1], or first_row … first_row+count-1 where rows is null; count is at
-  // most kBlockRows. panels and scratch are aligned to 64 bytes.
-  void (*search)(const NearestCodeProblem& problem, const void* panels, const int64_t* rows,
-                 int64_t first_row, int64_t count, void* scratch);
+  // most kBlockRows. panels and scratch are aligned to 64 bytes. Rows it cannot settle get
+  // kHardRow. Returns how many places it looked into for candidates.
+  int64_t (*search)(const NearestCodeProblem& problem, const void* panels, const int64_t* rows,
+                    int64_t first_row, int64_t count, void* scratch);
 };
 
+// Which of the searches below float64 a call may use: all of them, unless a test wants one.
+enum SearchMask : int { kInt8Search = 1, kInt16Search = 2, kFloat32Search = 4, kAllSearches = 7 };
+
+// The searches of one instruction set from the coarsest to the finest; null members are skipped.
+// float64 settles every row, the others leave some as kHardRow.
 struct NearestCodeKernel {
-  NearestCodeSearch float32;  // fast; leaves rows it cannot settle as kHardRow
-  NearestCodeSearch float64;  // settles every row
+  const NearestCodeSearch* int8;
+  const NearestCodeSearch* int16;
+  const NearestCodeSearch* float32;
+  const NearestCodeSearch* float64;
 };
 
-extern const NearestCodeKernel nearest_code_generic, nearest_code_avx2, nearest_code_avx512;
+// A search that the compiler could not make has null pointers for functions.
+extern const NearestCodeSearch nearest_code_generic_float32, nearest_code_generic_float64;
+extern const NearestCodeSearch nearest_code_avx2_float32, nearest_code_avx2_float64;
+extern const NearestCodeSearch nearest_code_avx512_float32, nearest_code_avx512_float64;
+extern const NearestCodeSearch nearest_code_int8_vnni, nearest_code_int16_vnni;
+extern const NearestCodeSearch nearest_code_int8_amx;
 
 // indices[n] = argmin_k Σ_d (x[n,d] - c[k,d])²  (L2), argmax_k Σ_d x[n,d]·c[k,d]  (dot),
 // the score taken in float64, added in the order d = 0 … D-1, every product rounded before it is
@@ -68,6 +85,6 @@ extern const NearestCodeKernel nearest_code_generic, nearest_code_avx2, nearest_
 // x: (N, D), codebook: (K, D), contiguous. D is at least 1.
 void nearest_code(const NearestCodeKernel& kernel, const void* x, int x_dtype, const void* codebook,
                   int codebook_dtype, int64_t* indices, float* distance, int64_t N, int64_t K,
-                  int64_t D, int metric, int num_threads);
+                  int64_t D, int metric, int num_threads, int searches);
 
 }  // namespace fastvq

@@ -69,5 +69,6 @@ struct Doubles {
 #include "nearest_code_search.h"
 
 namespace fastvq {
-const NearestCodeKernel nearest_code_avx2 = {Search<Floats>::table(), Search<Doubles>::table()};
+const NearestCodeSearch nearest_code_avx2_float32 = Search<Floats>::table(1);
+const NearestCodeSearch nearest_code_avx2_float64 = Search<Doubles>::table(2);
 }  // namespace fastvq

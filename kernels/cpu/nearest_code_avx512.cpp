@@ -1,57 +1,10 @@
 // nearest_code in AVX-512 (F, BW, DQ, VL) with FMA: 32 registers hold a tile of 6 rows × 4 vectors,
 // the 4 vectors of codes and one broadcast element.
-#include <immintrin.h>
-
 #include "nearest_code.h"
-
-namespace fastvq {
-namespace {
-
-struct Floats {
-  using Scalar = float;
-  static constexpr int64_t kLanes = 16, kPanelVectors = 4, kTileRows = 6;
-  __m512 v;
-
-  static Floats load(const float* p) { return {_mm512_loadu_ps(p)}; }
-  static Floats load_floats(const float* p) { return load(p); }
-  static Floats broadcast(float value) { return {_mm512_set1_ps(value)}; }
-  static Floats fma(Floats a, Floats b, Floats c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
-  static Floats max(Floats a, Floats b) { return {_mm512_max_ps(a.v, b.v)}; }
-  static Floats add(Floats a, Floats b) { return {_mm512_add_ps(a.v, b.v)}; }
-  static Floats sub(Floats a, Floats b) { return {_mm512_sub_ps(a.v, b.v)}; }
-  static Floats mul(Floats a, Floats b) { return {_mm512_mul_ps(a.v, b.v)}; }
-  static uint32_t at_least(Floats a, Floats b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ); }
-  void store(float* p) const { _mm512_storeu_ps(p, v); }
-  float reduce_max() const { return _mm512_reduce_max_ps(v); }
-  float reduce_add() const { return _mm512_reduce_add_ps(v); }
-};
-
-struct Doubles {
-  using Scalar = double;
-  static constexpr int64_t kLanes = 8, kPanelVectors = 4, kTileRows = 6;
-  __m512d v;
-
-  static Doubles load(const double* p) { return {_mm512_loadu_pd(p)}; }
-  static Doubles load_floats(const float* p) { return {_mm512_cvtps_pd(_mm256_loadu_ps(p))}; }
-  static Doubles broadcast(double value) { return {_mm512_set1_pd(value)}; }
-  static Doubles fma(Doubles a, Doubles b, Doubles c) { return {_mm512_fmadd_pd(a.v, b.v, c.v)}; }
-  static Doubles max(Doubles a, Doubles b) { return {_mm512_max_pd(a.v, b.v)}; }
-  static Doubles add(Doubles a, Doubles b) { return {_mm512_add_pd(a.v, b.v)}; }
-  static Doubles sub(Doubles a, Doubles b) { return {_mm512_sub_pd(a.v, b.v)}; }
-  static Doubles mul(Doubles a, Doubles b) { return {_mm512_mul_pd(a.v, b.v)}; }
-  static uint32_t at_least(Doubles a, Doubles b) {
-    return _mm512_cmp_pd_mask(a.v, b.v, _CMP_GE_OQ);
-  }
-  void store(double* p) const { _mm512_storeu_pd(p, v); }
-  double reduce_max() const { return _mm512_reduce_max_pd(v); }
-  double reduce_add() const { return _mm512_reduce_add_pd(v); }
-};
-
-}  // namespace
-}  // namespace fastvq
-
 #include "nearest_code_search.h"
+#include "nearest_code_vec512.h"
 
 namespace fastvq {
-const NearestCodeKernel nearest_code_avx512 = {Search<Floats>::table(), Search<Doubles>::table()};
+const NearestCodeSearch nearest_code_avx512_float32 = Search<Floats>::table(1);
+const NearestCodeSearch nearest_code_avx512_float64 = Search<Doubles>::table(2);
 }  // namespace fastvq

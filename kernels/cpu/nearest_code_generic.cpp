@@ -55,5 +55,6 @@ using Doubles = Vector<double, 2>;
 #include "nearest_code_search.h"
 
 namespace fastvq {
-const NearestCodeKernel nearest_code_generic = {Search<Floats>::table(), Search<Doubles>::table()};
+const NearestCodeSearch nearest_code_generic_float32 = Search<Floats>::table(1);
+const NearestCodeSearch nearest_code_generic_float64 = Search<Doubles>::table(2);
 }  // namespace fastvq

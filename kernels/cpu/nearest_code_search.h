@@ -47,6 +47,7 @@
 #include <string.h>
 
 #include "nearest_code.h"
+#include "nearest_code_rescore.h"
 #include "rows.h"
 
 namespace fastvq {
@@ -122,25 +123,21 @@ struct Search {
   struct Scratch {
     T* rows;                    // kTileBlock rows of padded_width(D)
     T* maxima;                  // kTileBlock × num_groups vectors
-    float* row;                 // one row of x, padded_width(D) floats
+    float* row;                 // one row of x; distance_floats(D)
     double slacks[kTileBlock];  // of step 2
+    T thresholds[kTileBlock];
     RowKind kinds[kTileBlock];
   };
 
   static size_t scratch_bytes(const NearestCodeProblem& p) {
     const size_t width = static_cast<size_t>(padded_width(p.D));
     const size_t maxima = static_cast<size_t>(num_groups(p) * kLanes);
-    return kTileBlock * (width + maxima) * sizeof(T) + width * sizeof(float);
+    return kTileBlock * (width + maxima) * sizeof(T) +
+           static_cast<size_t>(distance_floats(p.D)) * sizeof(float);
   }
 
   // ---- reading rows
   // -------------------------------------------------------------------------------
-
-  // Reads row n as float32, zeros after its end.
-  static void read_row(const NearestCodeProblem& p, int64_t n, float* out) {
-    read_floats(p.x, p.x_dtype, n * p.D, p.D, out);
-    for (int64_t d = p.D; d < padded_width(p.D); ++d) out[d] = 0.0f;
-  }
 
   // Slack of step 2 for a row with |y| ≤ norm, or a negative number where the float bound does not
   // hold.
@@ -285,44 +282,8 @@ struct Search {
     return count;
   }
 
-  // ---- step 3: canonical scores; the files are compiled without contraction to fused operations
+  // ---- step 3: canonical scores
   // ---
-
-  static double canonical_score(const float* x, const float* code, int64_t D, int metric) {
-    double score = 0.0;
-    if (metric == kL2) {
-      for (int64_t d = 0; d < D; ++d) {
-        const double difference = static_cast<double>(x[d]) - static_cast<double>(code[d]);
-        const double square = difference * difference;
-        score += square;
-      }
-    } else {
-      for (int64_t d = 0; d < D; ++d) {
-        const double product = static_cast<double>(x[d]) * static_cast<double>(code[d]);
-        score += product;
-      }
-    }
-    return score;
-  }
-
-  static bool better(double score, double best, int metric) {
-    return metric == kL2 ? score < best : score > best;
-  }
-
-  static int64_t best_of(const NearestCodeProblem& p, const float* x, const int64_t* found,
-                         int count) {
-    int64_t winner = found[0];
-    double best = canonical_score(x, p.codes + winner * padded_width(p.D), p.D, p.metric);
-    for (int i = 1; i < count; ++i) {
-      const int64_t k = found[i];
-      const double score = canonical_score(x, p.codes + k * padded_width(p.D), p.D, p.metric);
-      if (better(score, best, p.metric) || (score == best && k < winner)) {
-        winner = k;
-        best = score;
-      }
-    }
-    return winner;
-  }
 
   // Canonical scores of one panel, one code per lane: each lane adds in the order d = 0 … D-1.
   static void canonical_panel(const T* codes, const float* row, int64_t D, int metric, T* scores) {
@@ -343,35 +304,42 @@ struct Search {
     for (int64_t v = 0; v < kVectors; ++v) sum[v].store(scores + v * kLanes);
   }
 
-  // The canonical winner among all codes of the groups whose maximum reaches the threshold.
-  static int64_t best_of_groups(const NearestCodeProblem& p, const T* panels, const float* x,
-                                const T* maxima, T threshold) {
-    const int64_t group_codes = panels_per_group(p) * kPanel;
-    const Vec least = Vec::broadcast(threshold);
-    int64_t winner = -1;
-    double best = 0.0;
+  // The canonical winners of the rows left as kHardRow, among all codes of the groups whose maximum
+  // reaches the row's threshold. Panel by panel, so that each is read once for all rows.
+  static void settle_by_groups(const NearestCodeProblem& p, const T* panels, const int64_t* listed,
+                               int64_t count, int64_t* kept, Scratch& s) {
+    const int64_t group_codes = panels_per_group(p) * kPanel, stride = num_groups(p) * kLanes;
+    int64_t hard[kBlockRows], num_hard = 0;
+    double best[kBlockRows];
+    for (int64_t i = 0; i < count; ++i) {
+      if (kept[i] == kHardRow) hard[num_hard++] = i;
+    }
     T scores[kPanel];
-    for (int64_t first = 0; first < p.num_codes; first += kPanel) {
-      if (!Vec::at_least(Vec::load(maxima + first / group_codes * kLanes), least)) continue;
-      const T* panel = panels + first / kPanel * panel_stride(p.D);
-      canonical_panel(panel + (p.D + 1) * kPanel, x, p.D, p.metric, scores);
-      for (int64_t k = first; k < first + kPanel && k < p.num_codes; ++k) {
-        const double score = static_cast<double>(scores[k - first]);
-        if (winner < 0 || better(score, best, p.metric)) {
-          winner = k;
-          best = score;
+    for (int64_t first = 0; num_hard > 0 && first < p.num_codes; first += kPanel) {
+      const T* panel = panels + first / kPanel * panel_stride(p.D) + (p.D + 1) * kPanel;
+      for (int64_t h = 0; h < num_hard; ++h) {
+        const int64_t i = hard[h];
+        const T* maxima = s.maxima + i * stride + first / group_codes * kLanes;
+        if (!Vec::at_least(Vec::load(maxima), Vec::broadcast(s.thresholds[i]))) continue;
+        read_row(p, listed[i], s.row);
+        canonical_panel(panel, s.row, p.D, p.metric, scores);
+        for (int64_t k = first; k < first + kPanel && k < p.num_codes; ++k) {
+          const double score = static_cast<double>(scores[k - first]);
+          if (kept[i] < 0 || better(score, best[i], p.metric)) {
+            kept[i] = k;
+            best[i] = score;
+          }
         }
       }
     }
-    return winner;
   }
 
   // ---- one row, one block
   // -------------------------------------------------------------------------
 
-  // The kept code nearest to row i of the block (row n of x), or kHardRow.
-  static int64_t settle(const NearestCodeProblem& p, const T* panels, int64_t n, int64_t i,
-                        Scratch& s) {
+  // The kept code nearest to row i of the block (row n of x), or kHardRow where too many come into
+  // question.
+  static int64_t settle(const NearestCodeProblem& p, int64_t n, int64_t i, Scratch& s) {
     const int64_t stride = num_groups(p) * kLanes;
     const T* row = s.rows + i * padded_width(p.D);
     const T* maxima = s.maxima + i * stride;
@@ -383,14 +351,14 @@ struct Search {
     int64_t found[kMaxCandidates];
     const int count = candidates(p, row, maxima, threshold, found);
     if (count == 1) return found[0];
-    if (count < 1 && kIsFloat) return kHardRow;
+    s.thresholds[i] = threshold;
+    if (count < 1) return kHardRow;
     read_row(p, n, s.row);
-    return count < 1 ? best_of_groups(p, panels, s.row, maxima, threshold)
-                     : best_of(p, s.row, found, count);
+    return best_of(p, s.row, found, count);
   }
 
-  static void search(const NearestCodeProblem& p, const void* packed, const int64_t* rows,
-                     int64_t first_row, int64_t count, void* memory) {
+  static int64_t search(const NearestCodeProblem& p, const void* packed, const int64_t* rows,
+                        int64_t first_row, int64_t count, void* memory) {
     const T* panels = static_cast<const T*>(packed);
     const int64_t width = padded_width(p.D);
     Scratch s;
@@ -401,20 +369,24 @@ struct Search {
     const int64_t tiles_end = (count + kTileRows - 1) / kTileRows * kTileRows;
     memset(s.rows + count * width, 0, static_cast<size_t>((tiles_end - count) * width) * sizeof(T));
     score_block(p, panels, count, s);
+    int64_t listed[kBlockRows], kept[kBlockRows];
     for (int64_t i = 0; i < count; ++i) {
-      const int64_t n = rows ? rows[i] : first_row + i;
-      const int64_t k = s.kinds[i] == kNotFinite ? -1 : settle(p, panels, n, i, s);
-      p.indices[n] = k >= 0 ? p.code_ids[k] : k;
-      if (p.distance == nullptr || k == kHardRow) continue;
-      p.distance[n] = NAN;
-      if (k < 0) continue;
-      read_row(p, n, s.row);
-      p.distance[n] =
-          static_cast<float>(canonical_score(s.row, p.codes + k * width, p.D, p.metric));
+      listed[i] = rows ? rows[i] : first_row + i;
+      kept[i] = s.kinds[i] == kNotFinite ? -1 : settle(p, listed[i], i, s);
     }
+    if (!kIsFloat) settle_by_groups(p, panels, listed, count, kept, s);
+    for (int64_t i = 0; i < count; ++i) {
+      p.indices[listed[i]] = kept[i] >= 0 ? p.code_ids[kept[i]] : kept[i];
+    }
+    if (p.distance != nullptr) write_distances(p, listed, kept, count, s.row);
+    return 0;
   }
 
-  static constexpr NearestCodeSearch table() { return {panel_bytes, scratch_bytes, pack, search}; }
+  static bool fits(const NearestCodeProblem&) { return true; }
+
+  static constexpr NearestCodeSearch table(double cycles) {
+    return {cycles, fits, panel_bytes, scratch_bytes, pack, search};
+  }
 };
 
 }  // namespace

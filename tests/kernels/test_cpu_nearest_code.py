@@ -13,12 +13,23 @@ import threading
 import numpy as np
 import pytest
 import torch
+from kernels.search_cases import (
+    DTYPES,
+    FLOAT32,
+    HOSTILE,
+    INT8,
+    INT16,
+    METRICS,
+    check,
+    hostile,
+    nearest_code,
+    normal,
+    promised,
+)
 
 _C = pytest.importorskip("_fastvq_C", reason="the C++ kernels are not built")
 
-DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-METRICS = {"l2": 0, "dot": 1}
-ISAS = [isa for isa in _C.isa_available() if isa != "amx"]
+ISAS = _C.isa_available()
 
 
 @pytest.fixture(params=ISAS)
@@ -26,57 +37,6 @@ def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setenv("FASTVQ_CPU_ISA", request.param)
     assert _C.isa_in_use() == request.param
     return str(request.param)
-
-
-def nearest_code(
-    x: torch.Tensor, codebook: torch.Tensor, metric: str = "l2", threads: int = 1
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(indices, distance) of the kernel on contiguous x (N, D) and codebook (K, D)."""
-    assert x.is_contiguous()
-    assert codebook.is_contiguous()
-    indices = torch.full((len(x),), -7)
-    distance = torch.full((len(x),), -7.0)
-    _C.nearest_code(
-        *(x.data_ptr(), DTYPES[x.dtype], codebook.data_ptr(), DTYPES[codebook.dtype]),
-        *(indices.data_ptr(), distance.data_ptr(), *x.shape[:1], *codebook.shape),
-        *(METRICS[metric], threads),
-    )
-    return indices, distance
-
-
-def scores(x: torch.Tensor, codebook: torch.Tensor, metric: str) -> np.ndarray:
-    """The (N, K) canonical scores: float64, in the order d = 0 … D-1, each product rounded."""
-    rows, codes = x.double().numpy(), codebook.double().numpy()
-    total = np.zeros((len(rows), len(codes)))
-    with np.errstate(invalid="ignore"):
-        for d in range(rows.shape[1]):
-            a, b = rows[:, d, None], codes[None, :, d]
-            total += (a - b) * (a - b) if metric == "l2" else a * b
-    return total
-
-
-def promised(x: torch.Tensor, codebook: torch.Tensor, metric: str) -> np.ndarray:
-    """The index the promise names: lowest index of the best score, -1 where there is none."""
-    cost = scores(x, codebook, metric) * (1 if metric == "l2" else -1)
-    cost[:, ~torch.isfinite(codebook).all(1).numpy()] = np.inf
-    index = cost.argmin(1)
-    nowhere = ~torch.isfinite(x).all(1).numpy() | ~torch.isfinite(codebook).all(1).any().numpy()
-    return np.where(nowhere, -1, index)
-
-
-def check(x: torch.Tensor, codebook: torch.Tensor, metric: str = "l2") -> None:
-    expected = promised(x, codebook, metric)
-    indices, distance = nearest_code(x, codebook, metric)
-    np.testing.assert_array_equal(indices.numpy(), expected)
-    found = expected >= 0
-    assert np.isnan(distance.numpy()[~found]).all()
-    with np.errstate(over="ignore"):
-        winner = scores(x[found], codebook, metric)[np.arange(found.sum()), expected[found]]
-        np.testing.assert_array_equal(distance.numpy()[found], winner.astype(np.float32))
-
-
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -106,64 +66,76 @@ def test_every_16_bit_number_is_read_exactly(isa: str, dtype: torch.dtype) -> No
     assert torch.equal(distance.nan_to_num(nan=-7.0), expected.nan_to_num(nan=-7.0))
 
 
-def hostile(name: str, N: int, K: int, D: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Data on which a float32 search alone goes wrong."""
-    x, codes = normal(N, D), normal(K, D, seed=1)
-    one = codes[:1]
-    far = codes.clone()
-    far[K // 2] *= 1e8
-    return {
-        "offset": lambda: (x + 1e4, codes + 1e4),
-        "offset of x alone": lambda: (x + 1e6, codes),
-        "offset of the codes alone": lambda: (x, codes + 1e6),
-        "great offset, few distinct values": lambda: (x + 3e7, codes + 3e7),
-        "collapsed": lambda: (x, one * (1 + 2**-23 * codes.round())),
-        "last bits": lambda: (one + 1e-7 * x, one + 1e-7 * codes),
-        "equal codes": lambda: (x, one.expand(K, D).contiguous()),
-        "pairs of equal codes": lambda: (x, codes[: (K + 1) // 2].repeat(2, 1)[:K].contiguous()),
-        "lattice ties": lambda: (x.round(), codes.round()),
-        "all codes tie": lambda: (x * 0, codes.sign()),
-        "nearly equal norms": lambda: (x * 0, torch.nn.functional.normalize(codes, dim=1)),
-        "ties that rounding decides": lambda: (
-            torch.full((N, D), 0.1) * (1 + x.round()[:, :1]),
-            torch.stack([one[0, normal(D, seed=k).argsort()] for k in range(K)]),
-        ),
-        "rows on codes": lambda: (codes[torch.arange(N) % K].contiguous(), codes),
-        "halfway between codes": lambda: ((codes[:N] + codes[1 : N + 1]) / 2, codes),
-        "subnormal": lambda: (x * 1e-40, codes * 1e-40),
-        "products underflow": lambda: (x * 1e-22, codes * 1e-22),
-        "subnormal against ordinary": lambda: (x * 1e-40, codes),
-        "squares overflow": lambda: (x * 1e25, codes * 1e25),
-        "near the greatest float": lambda: (x.sign() * 3.4e38, codes.sign() * 3.4e38),
-        "far code": lambda: (x, far),
-        "every magnitude": lambda: (
-            x * 10 ** (30 * normal(N, 1).tanh()),
-            codes * 10 ** (30 * normal(K, D).tanh()),
-        ),
-    }[name]()
-
-
-HOSTILE = [
-    *("offset", "offset of x alone", "offset of the codes alone"),
-    *("great offset, few distinct values", "collapsed", "last bits", "equal codes"),
-    *("pairs of equal codes", "lattice ties", "all codes tie", "nearly equal norms"),
-    *(
-        "ties that rounding decides",
-        "rows on codes",
-        "halfway between codes",
-        "subnormal",
-        "products underflow",
-    ),
-    *("subnormal against ordinary", "squares overflow", "near the greatest float", "far code"),
-    "every magnitude",
-]
-
-
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_numbers(isa: str, name: str, metric: str) -> None:
     for N, K, D in [(100, 150, 8), (40, 300, 64), (60, 70, 3), (8, 9, 31)]:
         check(*hostile(name, N, K, D), metric)
+
+
+@pytest.fixture(params=[INT8, INT16, FLOAT32, 0], ids=["int8", "int16", "float32", "float64"])
+def search(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """One coarse search of the widest instruction set, with float64 for what it leaves."""
+    monkeypatch.delenv("FASTVQ_CPU_ISA", raising=False)
+    return int(request.param)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("D", [1, 3, 8, 16, 31, 64, 100, 256, 512, 1024])
+def test_each_search_on_every_width(search: int, D: int, metric: str) -> None:
+    # 97 and 400 rows: an unfinished tile, and enough rows that the first block is tried alone.
+    check(normal(97, D), normal(max(65, 8192 // D), D, seed=1), metric, search)
+    check(normal(400, D), normal(max(5, min(70, 8192 // D)), D, seed=1), metric, search)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("name", HOSTILE)
+def test_each_search_on_hostile_numbers(search: int, name: str, metric: str) -> None:
+    for N, K, D in [(400, 150, 8), (40, 300, 64), (60, 70, 3), (400, 420, 31)]:
+        check(*hostile(name, N, K, D), metric, search)
+
+
+@pytest.mark.parametrize("x_dtype", DTYPES)
+@pytest.mark.parametrize("codebook_dtype", DTYPES)
+def test_each_search_on_every_mix_of_dtypes(
+    search: int, x_dtype: torch.dtype, codebook_dtype: torch.dtype
+) -> None:
+    x, codebook = normal(150, 21).to(x_dtype), normal(70, 21, seed=1).to(codebook_dtype)
+    check(x, codebook, searches=search)
+    check(x, codebook, "dot", search)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_each_search_on_unaligned_rows_near_the_limit_of_16_bits(
+    search: int, dtype: torch.dtype
+) -> None:
+    limit = torch.finfo(dtype).max
+    x = torch.cat([torch.zeros(1), normal(150 * 21)]).tanh().mul(limit).to(dtype)[1:].view(150, 21)
+    codebook = normal(90, 21, seed=1).tanh().mul(limit).to(dtype)
+    assert x.data_ptr() % 4 != 0
+    check(x, codebook, searches=search)
+
+
+def test_each_search_on_many_codes(search: int) -> None:
+    check(normal(24, 8), normal(65536, 8, seed=1), searches=search)
+    check(normal(5, 64), normal(20000, 64, seed=1), searches=search)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_each_search_where_rows_and_codes_repeat(search: int, metric: str) -> None:
+    x, codebook = hostile("all codes tie", 700, 500, 12)
+    x[::2], codebook[::3] = -x[::2], 0.0  # zeros of either sign
+    check(x, codebook, metric, search)
+    x[::5, 0] = torch.nan
+    check(x, codebook.repeat(2, 1), metric, search)
+
+
+def test_each_search_agrees_between_thread_counts(search: int) -> None:
+    x, codebook = hostile("every magnitude", 3001, 260, 12)
+    expected = promised(x, codebook, "l2")
+    for threads in (1, 2, 3):
+        indices, _ = nearest_code(x, codebook, threads=threads, searches=search)
+        np.testing.assert_array_equal(indices.numpy(), expected)
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -251,7 +223,7 @@ def test_isa_in_use_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> 
     for name in {"generic", "avx2", "avx512", "amx"}:
         monkeypatch.setenv("FASTVQ_CPU_ISA", name)
         if name in available:
-            assert _C.isa_in_use() == ("avx512" if name == "amx" else name)
+            assert _C.isa_in_use() == name
         else:
             with pytest.raises(RuntimeError, match=f"FASTVQ_CPU_ISA={name} cannot run"):
                 nearest_code(normal(2, 2), normal(2, 2))

@@ -1,0 +1,621 @@
+// The quantised first pass: scores in whole numbers, exact as such, whose distance from the true
+// score is known from the rounding residuals. Compiled by the files that have an instruction for
+// it (nearest_code_vnni.cpp, nearest_code_amx.cpp); internal linkage, nothing of the C++ standard
+// library, as in nearest_code_search.h.
+//
+// A call owns up to kBlockRows rows. In registers: a tile of rows by one panel of 64 codes. In the
+// caches: the rows, one panel, and for each row and panel of a chunk 16 maxima ("slots", each over
+// 4 codes). Never written: the rows × codes scores.
+//
+// Codes are ordered by |e_k|, e_k = c_k - center, and cut into chunks of similar length; each has
+// its own scale b. Rows are ordered by size within the block, and the rows of a tile share a scale
+// a. All of it on x and c times a power of two 2^p that puts typical codes near 1: nothing below
+// depends on the data's magnitude.
+//
+//   ŷ = round(y/a), y = x - center (dot: x)       ρy = |y - aŷ|, measured
+//   ê_k = round(e_k/b)                            ρe = max |e_k - bê_k| over the chunk, measured
+//   n_k = round(o_k/(ab)), o_k = -|e_k|²/2 (L2) or 0 (dot)
+//   S_k = n_k + Σ ŷ_d ê_kd, exact: |Σ| ≤ 2^29 (by the largest values for 8 bits, by
+//         Cauchy-Schwarz for 16) and n_k ≥ -2^30
+//
+// The bound. With s_k = y·e_k + o_k as in nearest_code_search.h, C = max |e_k| over the chunk,
+// u = 2^-24:
+//   y·e = (aŷ + r_y)·(bê + r_e), so |y·e - ab ŷ·ê| ≤ ρy·C + (|y| + ρy)·ρe;
+//   y and e_k themselves are rounded to float: u·|y| and u·C join ρy and ρe (and √D·2^-149, where
+//     the scaling by 2^p lost bits);
+//   o_k is a float sum of D squares, then two factors and a product: (D+12)·u·C²/2 + D·2^-126;
+//     n_k: ab/2.
+//   E = their sum; |ab·S_k - s_k| ≤ E.
+// With F from nearest_code_search.h (c), L = max over chunks of (ab·max S - E - F) is a lower bound
+// of the winner's s, so only codes with S_k ≥ (L - E)/(ab) can win.
+// n_k is clamped at -2^30: such a code's S_k is too large, never too small, so it may only not
+// serve for L: chunks whose greatest S lies below -2^29 do not.
+#pragma once
+
+#include <immintrin.h>
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#include "nearest_code.h"
+#include "nearest_code_rescore.h"
+#include "nearest_code_vec512.h"
+#include "rows.h"
+
+namespace fastvq {
+namespace {
+
+// Engine: Element (int8_t or int16_t), kTileRows, and
+//   score(panel, words, starts, factors, rows, row_words, tiles, slots, slot_stride)
+// which writes, for each of tiles × kTileRows rows, 16 slots: lane l holds the greatest S of codes
+// l, 16+l, 32+l and 48+l of the panel (8 bits: S plus 128 Σ ŷ_d, the codes being stored with 128
+// added).
+template <class Engine>
+struct Quantized {
+  using Element = typename Engine::Element;
+  static constexpr bool kBytes = sizeof(Element) == 1;
+  static constexpr int64_t kPerWord = 4 / sizeof(Element);  // channels in 32 bits
+  static constexpr int64_t kLanes = 16, kPanel = 64, kTileRows = Engine::kTileRows;
+  static constexpr int64_t kTileBlock = (kBlockRows + kTileRows - 1) / kTileRows * kTileRows;
+  static constexpr int64_t kMaxChunkPanels = 32;
+  static constexpr int64_t kMaxEntries = 256;      // slots remembered per row
+  static constexpr int64_t kMaxCandidates = 1024;  // 4 codes per slot
+  // Largest quantised value, and for 16 bits largest quantised length: (22000 + √D/2)² < 2^29.
+  static constexpr float kLargest = kBytes ? 127.0f : 22000.0f;
+
+  struct Chunk {
+    int64_t first_panel, num_panels;
+    double scale, residual, longest;  // b, ρe, C
+  };
+
+  struct Packed {
+    int64_t num_chunks, num_panels, words;  // words: 32-bit words per row and per code
+    int32_t exponent;
+    double longest, center_norm;  // greatest |e_k|; |center|, both times 2^exponent
+    float* center;
+    int32_t* order;  // position -> kept code; -1 for the last panel's spare ones
+    float* starts;   // o_k/b²
+    Chunk* chunks;
+    char* panels;  // per panel and word, 64 codes' words
+  };
+
+  static int64_t words_of(int64_t D) {
+    const int64_t words = (D + kPerWord - 1) / kPerWord;
+    return (words + Engine::kWordStep - 1) / Engine::kWordStep * Engine::kWordStep;
+  }
+  static int64_t num_panels(const NearestCodeProblem& p) {
+    return (p.num_codes + kPanel - 1) / kPanel;
+  }
+  static int64_t chunk_panels(const NearestCodeProblem& p) {
+    return num_panels(p) < kMaxChunkPanels ? num_panels(p) : kMaxChunkPanels;
+  }
+
+  // Hands out aligned pieces of a block of memory; with null, only adds up their sizes.
+  struct Carver {
+    char* at;
+    size_t used;
+    template <class T>
+    T* take(int64_t count) {
+      T* piece = at ? reinterpret_cast<T*>(at + used) : nullptr;
+      used += (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64;
+      return piece;
+    }
+  };
+
+  static Packed* carve(const NearestCodeProblem& p, Carver& memory) {
+    const int64_t panels = num_panels(p), words = words_of(p.D);
+    Packed* packed = memory.take<Packed>(1);
+    float* center = memory.take<float>(padded_width(p.D));
+    int32_t* order = memory.take<int32_t>(panels * kPanel);
+    float* starts = memory.take<float>(panels * kPanel);
+    Chunk* chunks = memory.take<Chunk>(panels);
+    char* codes = memory.take<char>(panels * words * kPanel * 4);
+    if (packed == nullptr) return nullptr;
+    *packed = {0, panels, words, 0, 0.0, 0.0, center, order, starts, chunks, codes};
+    return packed;
+  }
+
+  static size_t panel_bytes(const NearestCodeProblem& p) {
+    Carver memory{nullptr, 0};
+    carve(p, memory);
+    memory.take<float>(2 * p.num_codes);
+    return memory.used;
+  }
+
+  // ---- packing -------------------------------------------------------------------------------
+
+  static __m512 scaled(__m512 value, __m512 exponent, __m512 center) {
+    return _mm512_sub_ps(_mm512_scalef_ps(value, exponent), center);
+  }
+
+  static __m512 abs(__m512 value) { return _mm512_abs_ps(value); }
+
+  struct Size {
+    float squares, largest;
+  };
+
+  // out = row·2^p - center, with its size.
+  static Size center_row(const float* row, const float* center, float exponent, int64_t width,
+                         float* out) {
+    const __m512 power = _mm512_set1_ps(exponent);
+    __m512 squares = _mm512_setzero_ps(), largest = _mm512_setzero_ps();
+    for (int64_t d = 0; d < width; d += kLanes) {
+      const __m512 value = scaled(_mm512_loadu_ps(row + d), power, _mm512_loadu_ps(center + d));
+      _mm512_storeu_ps(out + d, value);
+      squares = _mm512_fmadd_ps(value, value, squares);
+      largest = _mm512_max_ps(largest, abs(value));
+    }
+    return {_mm512_reduce_add_ps(squares), _mm512_reduce_max_ps(largest)};
+  }
+
+  // Upper bound of a length from a float sum of D squares: 1.01 covers the sum's rounding for
+  // D ≤ 2^17, the rest its underflow.
+  static double length_of(float squares, int64_t D) {
+    return sqrt(1.01 * static_cast<double>(squares) + 0x1p-126 * static_cast<double>(D));
+  }
+
+  // out = value/scale rounded, as Elements; returns the squares of the residuals' sum and adds the
+  // quantised values up.
+  static float quantise_row(const float* value, float scale, int64_t width, Element* out,
+                            int32_t* total) {
+    const __m512 inverse = _mm512_set1_ps(1.0f / scale), step = _mm512_set1_ps(scale);
+    __m512 squares = _mm512_setzero_ps();
+    __m512i sum = _mm512_setzero_si512();
+    for (int64_t d = 0; d < width; d += kLanes) {
+      const __m512 exact = _mm512_loadu_ps(value + d);
+      const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(exact, inverse));
+      const __m512 residual = _mm512_fnmadd_ps(step, _mm512_cvtepi32_ps(whole), exact);
+      squares = _mm512_fmadd_ps(residual, residual, squares);
+      sum = _mm512_add_epi32(sum, whole);
+      if (kBytes) {
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(out + d), _mm512_cvtsepi32_epi8(whole));
+      } else {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + d), _mm512_cvtsepi32_epi16(whole));
+      }
+    }
+    *total = _mm512_reduce_add_epi32(sum);
+    return _mm512_reduce_add_ps(squares);
+  }
+
+  // The power of two that puts the codes' lengths around 1.
+  static int choose_exponent(const NearestCodeProblem& p) {
+    if (!(p.max_norm > 0)) return 0;
+    const double least = p.min_norm > p.max_norm * 0x1p-100 ? p.min_norm : p.max_norm * 0x1p-100;
+    return -(ilogb(p.max_norm) + ilogb(least)) / 2;
+  }
+
+  // Counting sort by the leading bits of the length: exponent and 3 bits.
+  static void sort_by_length(const float* squares, int64_t count, int32_t* order) {
+    constexpr int kBuckets = 2048, kShift = 20;
+    int32_t starts[kBuckets + 1];
+    memset(starts, 0, sizeof starts);
+    const uint32_t* bits = reinterpret_cast<const uint32_t*>(squares);
+    for (int64_t k = 0; k < count; ++k) ++starts[(bits[k] >> kShift) + 1];
+    for (int b = 0; b < kBuckets; ++b) starts[b + 1] += starts[b];
+    for (int64_t k = 0; k < count; ++k) {
+      order[starts[bits[k] >> kShift]++] = static_cast<int32_t>(k);
+    }
+  }
+
+  // Panels that join the chunk that begins at `first`: while it is small, whatever their length up
+  // to 8 times; then up to twice.
+  static int64_t chunk_end(const Packed& q, const float* squares, int64_t count, int64_t first) {
+    const auto last_of = [&](int64_t panel) {
+      const int64_t at = (panel + 1) * kPanel < count ? (panel + 1) * kPanel : count;
+      return squares[q.order[at - 1]];
+    };
+    const float base = last_of(first);
+    int64_t panel = first + 1;
+    for (; panel < q.num_panels && panel - first < kMaxChunkPanels; ++panel) {
+      const float limit = panel - first < 8 ? 64 * base : 4 * base;
+      if (last_of(panel) > limit) break;
+    }
+    return panel;
+  }
+
+  static void pack_chunk(const NearestCodeProblem& p, Packed& q, Chunk& chunk, const float* squares,
+                         const float* largest, float* row, Element* quantised) {
+    const int64_t width = padded_width(p.D), first = chunk.first_panel * kPanel;
+    const int64_t end = (chunk.first_panel + chunk.num_panels) * kPanel;
+    float length = 0.0f, most = 0.0f;
+    for (int64_t at = first; at < end && q.order[at] >= 0; ++at) {
+      length = fmaxf(length, squares[q.order[at]]);
+      most = fmaxf(most, largest[q.order[at]]);
+    }
+    chunk.longest = length_of(length, p.D);
+    float scale = kBytes ? most / kLargest : static_cast<float>(chunk.longest) / kLargest;
+    if (!(scale > 0x1p-110f)) scale = 0x1p-110f;
+    const float inverse = 1.0f / scale;
+    float residual = 0.0f;
+    for (int64_t at = first; at < end; ++at) {
+      const int64_t k = q.order[at];
+      char* out = q.panels + at / kPanel * q.words * kPanel * 4 + at % kPanel * 4;
+      int32_t total;
+      if (k >= 0) {
+        center_row(p.codes + k * width, q.center, static_cast<float>(q.exponent), width, row);
+        residual = fmaxf(residual, quantise_row(row, scale, width, quantised, &total));
+      } else {
+        memset(quantised, 0, static_cast<size_t>(width) * sizeof(Element));
+      }
+      for (int64_t w = 0; w < q.words; ++w) {
+        uint32_t word = 0;
+        if (w * kPerWord < width) memcpy(&word, quantised + w * kPerWord, sizeof word);
+        if (kBytes) word ^= 0x80808080u;  // 128 added to each
+        memcpy(out + w * kPanel * 4, &word, sizeof word);
+      }
+      q.starts[at] = k < 0             ? -INFINITY
+                     : p.metric == kL2 ? -0.5f * (squares[k] * inverse) * inverse
+                                       : 0.0f;
+    }
+    chunk.scale = static_cast<double>(scale);
+    chunk.residual = length_of(residual, p.D) + 0x1.02p-24 * chunk.longest + 0x1p-140;
+  }
+
+  static void pack(const NearestCodeProblem& p, void* memory) {
+    const int64_t width = padded_width(p.D);
+    Carver carver{static_cast<char*>(memory), 0};
+    Packed& q = *carve(p, carver);
+    float* squares = carver.take<float>(2 * p.num_codes);
+    float* largest = squares + p.num_codes;
+    q.exponent = choose_exponent(p);
+    const float exponent = static_cast<float>(q.exponent);
+    double center_squares = 0.0;
+    for (int64_t d = 0; d < width; ++d) {
+      q.center[d] = ldexpf(p.center[d], q.exponent);
+      center_squares += static_cast<double>(q.center[d]) * static_cast<double>(q.center[d]);
+    }
+    q.center_norm = 1.01 * sqrt(center_squares);
+    float row[kMaxWidth];
+    Element quantised[kMaxWidth];
+    float longest = 0.0f;
+    for (int64_t k = 0; k < p.num_codes; ++k) {
+      const Size size = center_row(p.codes + k * width, q.center, exponent, width, row);
+      squares[k] = size.squares;
+      largest[k] = size.largest;
+      longest = fmaxf(longest, size.squares);
+    }
+    q.longest = length_of(longest, p.D);
+    sort_by_length(squares, p.num_codes, q.order);
+    for (int64_t at = p.num_codes; at < q.num_panels * kPanel; ++at) q.order[at] = -1;
+    for (int64_t panel = 0; panel < q.num_panels;) {
+      Chunk& chunk = q.chunks[q.num_chunks++];
+      const int64_t end = chunk_end(q, squares, p.num_codes, panel);
+      chunk = {panel, end - panel, 0.0, 0.0, 0.0};
+      pack_chunk(p, q, chunk, squares, largest, row, quantised);
+      panel = end;
+    }
+  }
+
+  // ---- one block of rows ---------------------------------------------------------------------
+
+  // A slot whose greatest score may be the winner's: position of its first code, and the greatest
+  // s its codes may have.
+  struct Entry {
+    double above;
+    int64_t position;
+  };
+
+  struct Block {
+    float* raw;      // a row of x
+    float* values;   // y of each row, in the order of reading
+    Element* rows;   // ŷ, in the order of size
+    int32_t* slots;  // of one chunk: per row, 16 per panel
+    Entry* entries;  // kMaxEntries per row
+    float* scores;   // kMaxCandidates
+    int64_t slot_stride, row_words, limit;
+    // In the order of size:
+    int64_t source[kTileBlock];  // place in the block; then row of x
+    double norm[kTileBlock], residual[kTileBlock], scale[kTileBlock], lower[kTileBlock];
+    double slack[kTileBlock], unit[kTileBlock];  // E and ab for the chunk at hand
+    int32_t sum[kTileBlock];                     // what S has on top: 128 Σ ŷ_d for 8 bits
+    int32_t greatest[kTileBlock], threshold[kTileBlock];
+    int32_t count[kTileBlock];  // entries, -1 for too many, or a RowKind below
+    float factors[kTileBlock];  // b/a, per tile
+    Size sizes[kTileBlock];
+    int64_t kept[kTileBlock];
+  };
+  static constexpr int32_t kTooMany = -1, kBroken = -2;
+  static constexpr int64_t kMaxWidth = 8192;
+
+  static Block* carve_block(const NearestCodeProblem& p, Carver& memory) {
+    const int64_t width = padded_width(p.D);
+    Block* b = memory.take<Block>(1);
+    float* raw = memory.take<float>(distance_floats(p.D));
+    float* values = memory.take<float>(kTileBlock * width);
+    Element* rows = memory.take<Element>(kTileBlock * (words_of(p.D) * kPerWord + width));
+    const int64_t stride = (chunk_panels(p) + 1) * kLanes;
+    int32_t* slots = memory.take<int32_t>(kTileBlock * stride);
+    Entry* entries = memory.take<Entry>(kTileBlock * kMaxEntries);
+    float* scores = memory.take<float>(kMaxCandidates + 4);
+    if (b == nullptr) return nullptr;
+    b->raw = raw;
+    b->values = values;
+    b->rows = rows;
+    b->slots = slots;
+    b->entries = entries;
+    b->scores = scores;
+    b->slot_stride = stride;
+    b->row_words = words_of(p.D);
+    return b;
+  }
+
+  static size_t scratch_bytes(const NearestCodeProblem& p) {
+    Carver memory{nullptr, 0};
+    carve_block(p, memory);
+    return memory.used;
+  }
+
+  static bool all_finite(const float* row, int64_t D) {
+    for (int64_t d = 0; d < D; ++d) {
+      if (!is_finite(row[d])) return false;
+    }
+    return true;
+  }
+
+  // Places of the block in ascending order of size: a row's place is the number of smaller ones.
+  // The sizes' last 7 bits make way for the place, so that no two are equal.
+  static void order_rows(Block& b, int64_t count) {
+    int32_t keys[kTileBlock + kLanes];
+    for (int64_t i = 0; i < count; ++i) {
+      memcpy(&keys[i], &b.sizes[i].largest, sizeof keys[i]);
+      keys[i] =
+          static_cast<int32_t>((static_cast<uint32_t>(keys[i]) & ~127u) | static_cast<uint32_t>(i));
+    }
+    for (int64_t i = count; i < count + kLanes; ++i) keys[i] = INT32_MAX;
+    for (int64_t i = 0; i < count; ++i) {
+      const __m512i own = _mm512_set1_epi32(keys[i]);
+      int smaller = 0;
+      for (int64_t j = 0; j < count; j += kLanes) {
+        const __mmask16 less = _mm512_cmplt_epi32_mask(_mm512_loadu_si512(keys + j), own);
+        smaller += __builtin_popcount(less);
+      }
+      b.source[smaller] = i;
+    }
+  }
+
+  // Row n of x as float32, zeros after its end.
+  static void load_row(const NearestCodeProblem& p, int64_t n, float* out) {
+    for (int64_t d = 0; d < p.D; d += kLanes) {
+      const int64_t left = p.D - d, at = n * p.D + d;
+      const __mmask16 mask = static_cast<__mmask16>(left < kLanes ? (1u << left) - 1 : 0xffffu);
+      const auto half = [&] {
+        return _mm256_maskz_loadu_epi16(mask, static_cast<const uint16_t*>(p.x) + at);
+      };
+      __m512 value;
+      if (p.x_dtype == kFloat32) {
+        value = _mm512_maskz_loadu_ps(mask, static_cast<const float*>(p.x) + at);
+      } else if (p.x_dtype == kFloat16) {
+        value = _mm512_cvtph_ps(half());
+      } else {
+        value = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half()), 16));
+      }
+      _mm512_storeu_ps(out + d, value);
+    }
+  }
+
+  static void load_rows(const NearestCodeProblem& p, const Packed& q, const int64_t* rows,
+                        int64_t first_row, int64_t count, Block& b) {
+    const int64_t width = padded_width(p.D);
+    const float exponent = static_cast<float>(q.exponent);
+    static const float kZeros[kMaxWidth] = {};
+    const float* center = p.metric == kL2 ? q.center : kZeros;
+    for (int64_t i = 0; i < count; ++i) {
+      load_row(p, rows ? rows[i] : first_row + i, b.raw);
+      float* value = b.values + i * width;
+      b.sizes[i] = center_row(b.raw, center, exponent, width, value);
+      b.kept[i] = 0;
+      if (!(b.sizes[i].squares < 0x1p120f)) {
+        b.kept[i] = all_finite(b.raw, p.D) ? kTooMany : kBroken;
+        b.sizes[i] = {0.0f, 0.0f};
+        memset(value, 0, static_cast<size_t>(width) * sizeof(float));
+      }
+    }
+    order_rows(b, count);
+    const double floor = fmax(q.chunks[0].longest * 0x1p-14, 0x1p-100);
+    const int64_t row_elements = b.row_words * kPerWord;
+    for (int64_t first = 0; first < count; first += kTileRows) {
+      const int64_t end = first + kTileRows < count ? first + kTileRows : count;
+      double size = 0.0;
+      for (int64_t i = first; i < end; ++i) {
+        const Size& of = b.sizes[b.source[i]];
+        if (b.kept[b.source[i]] != 0) continue;
+        size = fmax(size, kBytes ? static_cast<double>(of.largest) : length_of(of.squares, p.D));
+      }
+      const float scale = static_cast<float>(fmax(size / static_cast<double>(kLargest), floor));
+      for (int64_t i = first; i < end; ++i) {
+        const int64_t from = b.source[i];
+        Element* out = b.rows + i * row_elements;
+        const float squares = quantise_row(b.values + from * width, scale, width, out, &b.sum[i]);
+        for (int64_t d = width; d < row_elements; ++d) out[d] = 0;
+        b.sum[i] = kBytes ? 128 * b.sum[i] : 0;
+        b.scale[i] = static_cast<double>(scale);
+        b.norm[i] = length_of(b.sizes[from].squares, p.D);
+        b.residual[i] = length_of(squares, p.D) + 0x1.02p-24 * b.norm[i] + 0x1p-140;
+        b.lower[i] = -static_cast<double>(INFINITY);
+        b.count[i] = static_cast<int32_t>(b.kept[from]);
+        b.source[i] = rows ? rows[from] : first_row + from;
+      }
+    }
+    const int64_t tiles_end = (count + kTileRows - 1) / kTileRows * kTileRows;
+    memset(b.rows + count * row_elements, 0,
+           static_cast<size_t>((tiles_end - count) * row_elements) * sizeof(Element));
+  }
+
+  static void score_chunk(const Packed& q, const Chunk& chunk, int64_t count, Block& b) {
+    const int64_t panel_size = q.words * kPanel * 4;
+    const int64_t tiles = (count + kTileRows - 1) / kTileRows;
+    for (int64_t t = 0; t < tiles; ++t) {
+      b.factors[t] = static_cast<float>(fmin(chunk.scale / b.scale[t * kTileRows], 0x1p100));
+    }
+    for (int64_t panel = 0; panel < chunk.num_panels; ++panel) {
+      const int64_t at = chunk.first_panel + panel;
+      Engine::score(q.panels + at * panel_size, q.words, q.starts + at * kPanel, b.factors, b.rows,
+                    b.row_words, tiles, b.slots + panel * kLanes, b.slot_stride);
+    }
+  }
+
+  // E, ab, L and the threshold of every row for this chunk, 8 rows at a time.
+  static void bound_chunk(const NearestCodeProblem& p, const Packed& q, const Chunk& chunk,
+                          int64_t count, Block& b) {
+    const bool l2 = p.metric == kL2;
+    const double D = static_cast<double>(p.D), C = chunk.longest;
+    const double of_norms = l2 ? 1.01 * (D + 12) * 0x1p-24 * C * C / 2 + D * 0x1p-126 : 0.0;
+    const double delta = 1.01 * (D + 4) * 0x1p-53, reach = q.longest + q.center_norm;
+    const Doubles longest = Doubles::broadcast(C), safety = Doubles::broadcast(1.0001);
+    for (int64_t i = 0; i < count; i += Doubles::kLanes) {
+      const Doubles y = Doubles::load(b.norm + i), rho = Doubles::load(b.residual + i);
+      const Doubles unit =
+          Doubles::mul(Doubles::load(b.scale + i), Doubles::broadcast(chunk.scale));
+      Doubles slack = Doubles::fma(unit, Doubles::broadcast(0.501), Doubles::broadcast(of_norms));
+      slack = Doubles::fma(rho, longest, slack);
+      slack = Doubles::fma(Doubles::add(y, rho), Doubles::broadcast(chunk.residual), slack);
+      slack = Doubles::mul(slack, safety);
+      const Doubles far = Doubles::add(y, longest);
+      const Doubles canonical = l2 ? Doubles::mul(Doubles::mul(far, far), Doubles::broadcast(delta))
+                                   : Doubles::mul(y, Doubles::broadcast(2 * delta * reach));
+      const __m256i sum = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b.sum + i));
+      const __m256i greatest = _mm256_sub_epi32(
+          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b.greatest + i)), sum);
+      const __mmask8 counts = _mm256_cmpge_epi32_mask(greatest, _mm256_set1_epi32(-(1 << 29)));
+      Doubles below = Doubles::mul(unit, {_mm512_cvtepi32_pd(greatest)});
+      below = Doubles::sub(Doubles::sub(below, slack), canonical);
+      const __m512d lower = _mm512_loadu_pd(b.lower + i);
+      const Doubles raised = {_mm512_mask_max_pd(lower, counts, lower, below.v)};
+      __m512d least = _mm512_div_pd(Doubles::sub(raised, slack).v, unit.v);
+      least = _mm512_sub_pd(_mm512_floor_pd(least), _mm512_set1_pd(1.0));
+      least = _mm512_add_pd(least, _mm512_cvtepi32_pd(sum));
+      least = _mm512_max_pd(_mm512_min_pd(least, _mm512_set1_pd(2147483647.0)),
+                            _mm512_set1_pd(-2147483648.0));
+      raised.store(b.lower + i);
+      slack.store(b.slack + i);
+      unit.store(b.unit + i);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(b.threshold + i), _mm512_cvtpd_epi32(least));
+    }
+  }
+
+  // Drops the entries that the row's lower bound has overtaken.
+  static int32_t drop_entries(Entry* entries, int32_t count, double lower) {
+    int32_t left = 0;
+    for (int32_t e = 0; e < count; ++e) {
+      const bool stays = entries[e].above >= lower;
+      entries[left] = entries[e];
+      left += stays;
+    }
+    return left;
+  }
+
+  static void collect_row(const Chunk& chunk, int64_t i, Block& b) {
+    const int32_t* slots = b.slots + i * b.slot_stride;
+    Entry* entries = b.entries + i * kMaxEntries;
+    const __m512i least = _mm512_set1_epi32(b.threshold[i]);
+    // First the panels, without a branch for each: which one it is cannot be predicted.
+    uint32_t panels = 0;
+    for (int64_t panel = 0; panel < chunk.num_panels; ++panel) {
+      const __m512i slot = _mm512_load_si512(slots + panel * kLanes);
+      panels |= static_cast<uint32_t>(_mm512_cmpge_epi32_mask(slot, least) != 0) << panel;
+    }
+    for (; panels != 0; panels &= panels - 1) {
+      const int64_t panel = __builtin_ctz(panels);
+      const int32_t* slot = slots + panel * kLanes;
+      uint32_t lanes = _mm512_cmpge_epi32_mask(_mm512_load_si512(slot), least);
+      for (; lanes != 0; lanes &= lanes - 1) {
+        const int lane = __builtin_ctz(lanes);
+        if (b.count[i] == b.limit) {
+          b.count[i] = drop_entries(entries, b.count[i], b.lower[i]);
+          if (b.count[i] == b.limit) {
+            b.count[i] = kTooMany;
+            return;
+          }
+        }
+        // One unit on top: the threshold is rounded.
+        const double s = b.unit[i] * (static_cast<double>(slot[lane]) - b.sum[i] + 1);
+        entries[b.count[i]++] = {s + 1.0001 * b.slack[i],
+                                 (chunk.first_panel + panel) * kPanel + lane};
+      }
+    }
+  }
+
+  static void collect_chunk(const NearestCodeProblem& p, const Packed& q, const Chunk& chunk,
+                            int64_t count, Block& b) {
+    for (int64_t i = 0; i < count; ++i) {
+      const int32_t* slots = b.slots + i * b.slot_stride;
+      __m512i most = _mm512_load_si512(slots);
+      for (int64_t panel = 1; panel < chunk.num_panels; ++panel) {
+        most = _mm512_max_epi32(most, _mm512_load_si512(slots + panel * kLanes));
+      }
+      b.greatest[i] = _mm512_reduce_max_epi32(most);
+    }
+    bound_chunk(p, q, chunk, count, b);
+    for (int64_t i = 0; i < count; ++i) {
+      if (b.count[i] >= 0 && b.greatest[i] >= b.threshold[i]) collect_row(chunk, i, b);
+    }
+  }
+
+  // Slots worth looking into before another search is cheaper: as long as rescoring them takes
+  // (about 3 cycles per 16 channels and 15 more, per code) no longer than a pass in float32.
+  static int64_t entry_limit(const NearestCodeProblem& p) {
+    const double width = static_cast<double>(padded_width(p.D));
+    const double pass = static_cast<double>(p.num_codes) * static_cast<double>(p.D) / 16;
+    const double limit = pass / (4 * (width * 3 / 16 + 15));
+    return static_cast<int64_t>(fmax(16.0, fmin(limit, static_cast<double>(kMaxEntries))));
+  }
+
+  // The winner of row i, or kHardRow.
+  static int64_t settle(const NearestCodeProblem& p, const Packed& q, int64_t i, Block& b) {
+    Entry* entries = b.entries + i * kMaxEntries;
+    const int32_t left = drop_entries(entries, b.count[i], b.lower[i]);
+    int64_t found[kMaxCandidates];
+    int64_t count = 0;
+    for (int32_t e = 0; e < left; ++e) {
+      for (int64_t v = 0; v < 4; ++v) {
+        const int32_t k = q.order[entries[e].position + v * kLanes];
+        found[count] = k;
+        count += k >= 0;
+      }
+    }
+    load_row(p, b.source[i], b.raw);
+    // Canonical scores cost about as much as 1/32 of the codes would in another search.
+    const int64_t limit = p.num_codes / 32 < 32 ? 32 : p.num_codes / 32;
+    const double reach =
+        p.metric == kL2 ? 0.0
+                        : ldexp(1.01 * b.norm[i] * (q.longest + q.center_norm), -2 * q.exponent);
+    return settle_candidates<Floats>(p, b.raw, reach, found, count, limit, b.scores);
+  }
+
+  static int64_t search(const NearestCodeProblem& p, const void* memory, const int64_t* rows,
+                        int64_t first_row, int64_t count, void* scratch) {
+    const Packed& q = *static_cast<const Packed*>(memory);
+    Carver carver{static_cast<char*>(scratch), 0};
+    Block& b = *carve_block(p, carver);
+    b.limit = entry_limit(p);
+    load_rows(p, q, rows, first_row, count, b);
+    Engine::begin(q.words);
+    for (int64_t c = 0; c < q.num_chunks; ++c) {
+      score_chunk(q, q.chunks[c], count, b);
+      collect_chunk(p, q, q.chunks[c], count, b);
+    }
+    Engine::end();
+    int64_t looked_into = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      looked_into += b.count[i] >= 0 ? b.count[i] : b.count[i] == kTooMany ? b.limit : 0;
+      const bool settled = b.count[i] > 0;
+      const int64_t k = settled ? settle(p, q, i, b) : b.count[i] == kBroken ? -1 : kHardRow;
+      b.kept[i] = k;
+      p.indices[b.source[i]] = k >= 0 ? p.code_ids[k] : k;
+    }
+    if (p.distance != nullptr) write_distances(p, b.source, b.kept, count, b.raw);
+    return looked_into;
+  }
+
+  static bool fits(const NearestCodeProblem& p) {
+    return p.D <= kMaxWidth && p.num_codes < (int64_t{1} << 31) - kPanel;
+  }
+
+  static constexpr NearestCodeSearch table(double cycles) {
+    return {cycles, fits, panel_bytes, scratch_bytes, pack, search};
+  }
+};
+
+}  // namespace
+}  // namespace fastvq
