@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -103,13 +104,20 @@ def _adversaries(n: int, k: int, d: int) -> dict[str, tuple[Tensor, Tensor]]:
 
 def hopper() -> dict[str, Any]:
     """The opt-in kernels for Hopper beside the plain ones; equal indices, or no time."""
+    from fastvq.kernels.triton import nearest_code_hopper
+
     cases = []
     for size, case in SIZES.items():
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(case["N"], case["D"], generator=generator).cuda()
         codebook = torch.randn(case["K"], case["D"], generator=generator).cuda()
         plain, opt_in = _with_hopper("0", x, codebook), _with_hopper("1", x, codebook)
-        if not torch.equal(plain(), opt_in()):
+        fast_pass = nearest_code_hopper.nearest_slot_hopper
+        with mock.patch.object(nearest_code_hopper, "nearest_slot_hopper", wraps=fast_pass) as spy:
+            indices = opt_in()
+        if not spy.called:
+            raise RuntimeError(f"{size}: the search did not take the Hopper kernels")
+        if not torch.equal(plain(), indices):
             raise RuntimeError(f"{size}: the Hopper kernels' index differs from the plain kernel's")
         timings = interleaved({"plain": plain, "hopper": opt_in}, device="cuda", seconds=_SECONDS)
         print(f"{size}: {_as_dicts(timings)}", flush=True)

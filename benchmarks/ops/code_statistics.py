@@ -31,8 +31,10 @@ def prepare(case: dict[str, Any], context: Context) -> Prepared:
     exact = reference.code_statistics(x, indices, case["K"])
     prepared = Prepared()
     ours = ops.code_statistics(x, indices, case["K"])
-    if not all(torch.equal(a, b) for a, b in zip(ours, exact)):
-        raise RuntimeError(f"fastvq's sums are not the reference's at {case}: no time is reported")
+    # Both sum in float64 and round once; only the CPU kernel adds in the reference's order.
+    tolerance = {"rtol": 0.0, "atol": 0.0} if context.device == "cpu" else {"rtol": 2.0**-23}
+    for a, b in zip(ours, exact):
+        torch.testing.assert_close(a, b, **{"atol": 1e-9, **tolerance})
     prepared.candidates["fastvq"] = lambda: ops.code_statistics(x, indices, case["K"])
     for name, sums in {"index_add_": _index_add, "one-hot matrix product": _one_hot}.items():
 

@@ -13,6 +13,7 @@ import pytest
 
 pytest.importorskip("triton")
 
+from benchmarks.static import __main__ as report
 from benchmarks.static import hazards, sass
 from benchmarks.static.shipped import SEARCHED, Examined, examine
 
@@ -159,6 +160,15 @@ def test_hopper_launcher_counts_shared_memory(examined: list[Examined]) -> None:
             has_norms = "norms" in case.name
             counted = TILINGS[width, has_norms].shared_bytes(width, has_norms)
             assert case.code.shared_bytes <= counted <= case.code.shared_bytes + 512
+
+
+def test_the_report_has_a_line_for_every_case(examined: list[Examined]) -> None:
+    rows = [report.summarise(case) for case in examined]
+    text = report.table(rows)
+    assert len(text.splitlines()) > len(examined) >= 40
+    for case in examined:
+        assert re.search(rf"^{re.escape(case.name)} +{case.capability} ", text, re.MULTILINE)
+    assert "262144×16384×8: " in text
 
 
 # What follows breaks the machine code of one Hopper kernel and of one plain kernel.
