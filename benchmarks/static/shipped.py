@@ -121,13 +121,14 @@ def _hopper_cases() -> Iterator[Case]:
     for (width, has_norms), tiling in hopper.TILINGS.items():
         rows = torch.empty(1000, width, dtype=torch.float16)
         ratio = torch.empty(1000) if has_norms else None
+        results = (torch.empty(1000, dtype=torch.int32), torch.empty(1000), torch.empty(1000))
         # The resident form differs in its loops' ends alone: two widths stand for all.
         for is_resident in (False, True) if (width, has_norms) in _RESIDENT else (False,):
             stages = tiling.stages + (not is_resident)
             codes = torch.empty(stages * tiling.stage_codes, width, dtype=torch.float16)
             norms = torch.empty(codes.shape[0]) if has_norms else None
             with record_launches() as launches:
-                hopper.nearest_slot_hopper(rows, codes, ratio, norms, 132)
+                hopper.nearest_slot_hopper(rows, codes, ratio, norms, results, 132)
             search = Search(
                 products=width,
                 warp_pairs=tiling.rows // 4 * tiling.stage_codes,

@@ -140,7 +140,7 @@ class _Slots:
 def _prepare_codes(codebook: Tensor, tiles: Tiles, heads: int, l2: bool) -> _Codes:
     books, K, D = codebook.shape
     width, channels = tiles.width(D), max(16, triton.next_power_of_2(D))
-    padded = _round_up(K, max(tiles.block_k * (2 if tiles.paired else 1), RESOLVE_CODES))
+    padded = _round_up(K, max(tiles.step_codes, RESOLVE_CODES))
     rows = max(1, CODE_ELEMENTS // channels)
     blocks = triton.cdiv(triton.cdiv(K, rows), SUM_PARTS)
     parts = triton.cdiv(triton.cdiv(K, rows), blocks)
@@ -188,6 +188,8 @@ def _prepare_codes(codebook: Tensor, tiles: Tiles, heads: int, l2: bool) -> _Cod
 
 
 def _search(x: Tensor, codes: _Codes, tiles: Tiles, l2: bool) -> _Slots:
+    if tiles.hopper:
+        return _search_hopper(x, codes, tiles, l2)
     heads, N, D = x.shape
     books = len(codes.center)
     chunk = min(tiles.chunk, codes.width)
@@ -233,6 +235,34 @@ def _search(x: Tensor, codes: _Codes, tiles: Tiles, l2: bool) -> _Slots:
         enable_fp_fusion=True,
     )
     return slots
+
+
+def _search_hopper(x: Tensor, codes: _Codes, tiles: Tiles, l2: bool) -> _Slots:
+    """The search by nearest_code_hopper.py, head by head."""
+    from .nearest_code_hopper import nearest_slot_hopper
+
+    heads, N, _ = x.shape
+    rows, ratio = _round_rows(x, codes, tiles, l2)
+    operands = codes.operand.view(-1, codes.padded, codes.width)
+    processors = 1
+    if x.is_cuda:
+        processors = torch.cuda.get_device_properties(x.device).multi_processor_count
+    winner = x.new_empty((1, heads, N), dtype=torch.int32)
+    best = x.new_empty((1, heads, N), dtype=torch.float32)
+    second = x.new_empty((1, heads, N), dtype=torch.float32)
+    has_norms = tiles.terms == 1
+    id_bits = 0
+    for head in range(heads):
+        book = head % len(operands)
+        id_bits = nearest_slot_hopper(
+            rows[head],
+            operands[book],
+            ratio[head] if has_norms else None,
+            codes.norms[book] if has_norms else None,
+            (winner[0, head], best[0, head], second[0, head]),
+            processors,
+        )
+    return _Slots(1, id_bits, winner, best, second)
 
 
 def _round_rows(x: Tensor, codes: _Codes, tiles: Tiles, l2: bool) -> tuple[Tensor, Tensor]:

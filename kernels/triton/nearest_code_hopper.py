@@ -3,7 +3,8 @@
 **Never executed so far**: compiled for sm_90 with Triton 3.6 and 3.9, its machine code checked
 (`tests/kernels/triton/test_machine_code.py`) and its Python text run in an emulator of warps,
 barriers and copies (`tests/kernels/triton/gluon_emulator.py`). It is therefore off unless
-`FASTVQ_HOPPER_KERNELS=1` is set (`is_enabled`), until it has been seen right and faster on a GPU.
+`FASTVQ_HOPPER_KERNELS=1` is set (nearest_code_tiles.py), until it has been seen right and faster
+on a GPU.
 
 One block owns pairs of row tiles, one tile per consumer warpgroup; a producer warp copies codes
 through a ring in shared memory with the tensor memory accelerator (TMA). Rows, accumulators and the
@@ -32,9 +33,7 @@ What the compilers do to such kernels, and why the code is as it is:
 from __future__ import annotations
 
 import dataclasses
-import os
 
-import torch
 from torch import Tensor
 
 from triton.experimental import gluon
@@ -111,19 +110,15 @@ TILINGS = {
 }
 
 
-def is_enabled() -> bool:
-    """Whether the user asked for these kernels: FASTVQ_HOPPER_KERNELS=1."""
-    return os.environ.get("FASTVQ_HOPPER_KERNELS", "0") == "1"
-
-
 def nearest_slot_hopper(
     rows: Tensor,
     codes: Tensor,
     ratio: Tensor | None,
     norms: Tensor | None,
+    results: tuple[Tensor, Tensor, Tensor],
     num_programs: int,
     tiling: Tiling | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tiling]:
+) -> int:
     """Best slot of each row, its score and the runner-up's.
 
     Args:
@@ -132,11 +127,13 @@ def nearest_slot_hopper(
             must score below every code, by its norm or by a column kept for that.
         ratio: (N,) float32, what multiplies the norms in each row; None where they are columns.
         norms: (K,) float32, finite; None where they are columns of the operands.
+        results: written: winner (N,) int32, best (N,) float32, second (N,) float32; contiguous.
+            The winning slot is codes winner, winner + C, winner + 2C …, `tiling.group` of them,
+            C = 128 / group.
         num_programs: most blocks to launch; one per multiprocessor serves.
         tiling: default `TILINGS[WIDTH, norms is not None]`.
     Returns:
-        winner (N,) int32, best (N,) float32, second (N,) float32, the tiling used. The winning
-        slot is codes winner, winner + C, winner + 2C …, `tiling.group` of them, C = 128 / group.
+        How many low bits of `best` and `second` hold a number instead.
     Raises:
         ValueError: a shape these kernels do not take.
     """
@@ -160,20 +157,16 @@ def nearest_slot_hopper(
             f"nearest_slot_hopper: tiling must fit in {SHARED_BYTES_PER_BLOCK} bytes of shared "
             f"memory; got {tiling}, which needs {needed}. Use fewer stages."
         )
-    winner = torch.empty(num_rows, dtype=torch.int32, device=rows.device)
-    best = torch.empty(num_rows, dtype=torch.float32, device=rows.device)
-    second = torch.empty_like(best)
+    id_bits = tiling.id_bits(num_codes, norms is not None)
     if num_rows == 0:
-        return winner, best, second, tiling
+        return id_bits
     blocks = -(-num_rows // (CONSUMERS.value * tiling.rows))
     _nearest_slot_hopper_kernel[(min(num_programs, blocks),)](
         _describe(rows, [tiling.rows, tiling.chunk]),
         _describe(codes, [tiling.stage_codes, tiling.chunk]),
         None if norms is None else _describe(norms, [tiling.stage_codes]),
         ratio,
-        winner,
-        best,
-        second,
+        *results,
         num_rows,
         num_codes // tiling.stage_codes,
         WIDTH=width,
@@ -182,14 +175,14 @@ def nearest_slot_hopper(
         TILES=tiling.tiles,
         STAGES=tiling.stages,
         GROUP=tiling.group,
-        ID_BITS=tiling.id_bits(num_codes, norms is not None),
+        ID_BITS=id_bits,
         ROW_STATE=tiling.row_state,
         RESIDENT=not tiling.row_state and num_codes <= tiling.stages * tiling.stage_codes,
         CONSUMER_REGISTERS=tiling.consumer_registers,
         num_warps=4,
         enable_fp_fusion=False,
     )
-    return winner, best, second, tiling
+    return id_bits
 
 
 def _describe(tensor: Tensor, block: list[int]) -> TensorDescriptor:

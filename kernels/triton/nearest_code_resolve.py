@@ -43,6 +43,8 @@ SCALE_TOP = tl.constexpr(2.0**46)
 CODE_LENGTH = tl.constexpr(16.0)
 CODE_LOW_LENGTH = tl.constexpr(2.0**-6)
 CODE_RESIDUAL = tl.constexpr(2.0**-17)
+# A row shorter than 2⁻⁶³ has no length after the GPU's square root.
+FLUSHED = tl.constexpr(2.0**-56)
 # Norms are float32 and meet two roundings; the float64 score's own is far below that.
 NORM_ROUNDOFF = tl.constexpr(2.0**-21)
 
@@ -275,7 +277,7 @@ def _interval(
     length = tl.sqrt(squared)
     residual = tl.sqrt(rest_squared) + length * ROUNDOFF
     inner = residual * CODE_LENGTH + (length + residual) * (CODE_RESIDUAL + D * 2.0**-25)
-    inner += tl.sqrt(low_squared) * CODE_LOW_LENGTH
+    inner += tl.sqrt(low_squared) * CODE_LOW_LENGTH + FLUSHED
     inner += (length + residual) * ((D + WIDTH // 4 + 16) * CUT * 1.01 * CODE_LENGTH)
     outer = squared
     if L2 == 0:
@@ -407,7 +409,9 @@ def nearest_code_resolve_kernel(
         )
         # What threads of this program write to memory, others of it read.
         tl.debug_barrier()
-        ratio = power_of_two(tl.minimum(tl.maximum(row_e - codes_e, RATIO_BOTTOM), RATIO_TOP))
+        # Without norms the row's scale moves all scores alike.
+        difference = row_e - codes_e if L2 else row_e * 0
+        ratio = power_of_two(tl.minimum(tl.maximum(difference, RATIO_BOTTOM), RATIO_TOP))
         inner, outer = _interval(
             *(record_ptr, codes_e, ratio, overflowed, squared, low_squared, rest_squared),
             *(D, WIDTH, L2),

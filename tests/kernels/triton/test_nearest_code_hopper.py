@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import types
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -17,10 +19,15 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from fastvq.kernels.triton import nearest_code_hopper as hopper
+from fastvq.kernels.triton.nearest_code import nearest_code_forward
 from fastvq.kernels.triton.nearest_code_hopper import TILINGS, Tiling, nearest_slot_hopper
+from fastvq.kernels.triton.nearest_code_tiles import choose_tiles, hopper_tiles
 from gluon_emulator import EmulationError, Emulator, Pointer
 from tolerances import UNIT_ROUNDOFF
 
+from fastvq.reference.nearest_code import nearest_code as reference
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 TILE = hopper.TILE_CODES.value
 U32 = UNIT_ROUNDOFF[torch.float32]
 
@@ -242,9 +249,59 @@ def test_padding_stays_finite_with_an_id_in_it() -> None:
 
 def test_off_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FASTVQ_HOPPER_KERNELS", raising=False)
-    assert not hopper.is_enabled()
+    assert not any(choose_tiles(channels, (9, 0)).hopper for channels in (8, 64, 256))
     monkeypatch.setenv("FASTVQ_HOPPER_KERNELS", "1")
-    assert hopper.is_enabled()
+    assert all(choose_tiles(channels, (9, 0)).hopper for channels in (3, 8, 16, 31, 64, 256))
+    assert not choose_tiles(512, (9, 0)).hopper  # wider than these kernels serve
+    assert not choose_tiles(64, (8, 0)).hopper
+    assert not choose_tiles(64, (10, 0)).hopper
+
+
+class EmulatedKernel:
+    """Launches in the emulator what the launcher launches."""
+
+    def __init__(self) -> None:
+        self.launches = 0
+        self.emulator = Emulator(hopper)
+
+    def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
+        def launch(*arguments: object, num_warps: int, enable_fp_fusion: bool, **kw: int) -> None:
+            self.launches += 1
+            given = [Pointer(a) if isinstance(a, Tensor) else a for a in arguments]
+            self.emulator.launch("_nearest_slot_hopper_kernel", grid[0], *given, **kw)
+
+        return launch
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="the kernels around it need the interpreter")
+@pytest.mark.parametrize(
+    ("heads", "books", "num_rows", "num_codes", "channels", "metric"),
+    [
+        (1, 1, 70, 33, 8, "l2"),
+        (2, 1, 65, 130, 3, "dot"),
+        (2, 2, 40, 200, 31, "l2"),
+        (1, 1, 130, 300, 100, "l2"),
+        (1, 1, 20, 1, 256, "l2"),
+    ],
+)
+def test_the_whole_search_is_exact_with_it(
+    heads: int, books: int, num_rows: int, num_codes: int, channels: int, metric: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    kernel = EmulatedKernel()
+    monkeypatch.setattr(hopper, "_nearest_slot_hopper_kernel", kernel)
+    x = torch.randn(heads, num_rows, channels)
+    codebook = torch.randn(books, num_codes, channels)
+    codebook[:, num_codes // 2] = codebook[:, 0]  # a tie
+    x[:, 0] = codebook[:, 0]
+    x[:, -1, 0] = torch.nan
+    tiles = hopper_tiles(channels)
+    assert tiles is not None
+    indices, _ = nearest_code_forward(x, codebook, metric=metric, tiles=tiles)
+    assert kernel.launches == heads
+    for head in range(heads):
+        truth, _ = reference(x[head].double(), codebook[head % books].double(), metric=metric)
+        assert torch.equal(indices[head], truth)
 
 
 @pytest.mark.parametrize(
@@ -262,13 +319,16 @@ def test_refusals_name_the_way_out(
     rows = torch.zeros(8, width, dtype=torch.float16)
     codes = torch.zeros(num_codes, width, dtype=torch.float16)
     with pytest.raises(ValueError) as refusal:
-        nearest_slot_hopper(rows, codes, None, None, 132, tiling)
+        nearest_slot_hopper(rows, codes, None, None, results_for(rows), 132, tiling)
     assert message in str(refusal.value)
 
 
 def test_no_rows_launch_nothing() -> None:
     rows = torch.zeros(0, 16, dtype=torch.float16)
     codes = torch.zeros(1024, 16, dtype=torch.float16)
-    winner, best, second, _ = nearest_slot_hopper(rows, codes, None, None, 132)
-    assert winner.shape == best.shape == second.shape == (0,)
-    assert winner.dtype == torch.int32
+    assert nearest_slot_hopper(rows, codes, None, None, results_for(rows), 132) == 0
+
+
+def results_for(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    winner = torch.empty(len(rows), dtype=torch.int32)
+    return winner, torch.empty(len(rows)), torch.empty(len(rows))
