@@ -151,9 +151,11 @@ def test_backward_of_half_precision(dtype: torch.dtype, device: str) -> None:
 
 
 def test_gradient_of_a_row_onto_its_opposite_code(device: str) -> None:
-    # D = 1 and opposite signs: x̂ + q̂ is zero, and the mirror must be left out, not guessed.
-    x, codebook = torch.full((4, 1), 0.3, device=device), torch.full((1, 1), -0.7, device=device)
-    indices, g = torch.zeros(4, dtype=torch.int64, device=device), torch.ones(4, 1, device=device)
+    # D = 1 and opposite signs: x̂ + q̂ is zero, and the mirror must be left out, not guessed. For
+    # some whole numbers, 41 among them, x·(1/x) is not 1 in float32.
+    x = torch.arange(1.0, 100.0, device=device)[:, None]
+    codebook = torch.full((1, 1), -0.7, device=device)
+    indices, g = torch.zeros(99, dtype=torch.int64, device=device), torch.ones_like(x)
     grad = kernels.vector_quantize_backward_x(g, None, x, codebook, indices, "rotation")
     truth = _native_gradient(x, codebook, g[:, 0] > 0, "rotation", (g, None))
     assert_within(grad, truth, 8 * rounding_bound(truth, torch.float32))
