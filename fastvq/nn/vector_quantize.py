@@ -1,8 +1,8 @@
 """`VectorQuantize`, a drop-in for the module of that name in vector-quantize-pytorch.
 
-Lives here: the argument list, the layouts (channel first, pictures, videos, heads), projections and
-the return values of that library. The codebook and its updates are `codebook.py`, choosing codes by
-all their scores `code_scores.py`, losses beyond commitment `codebook_losses.py`.
+Lives here: the argument list, projections and the return values of that library. Layouts and heads
+are `vector_layout.py`, the codebook and its updates `codebook.py`, choosing codes by all their
+scores `code_scores.py`, losses beyond commitment `codebook_losses.py`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from .codebook import Codebook, UpdateWeight
 from .codebook_losses import cross_entropy, diversity_loss, orthogonal_loss
 from .implicit_codes import quantize_to_own_codes
 from .processes import world_size
+from .vector_layout import VectorLayout
 
 CodebookTransform = Callable[[Tensor], Tensor]
 
@@ -195,6 +196,13 @@ class VectorQuantize(nn.Module):
             }
         ).items():
             _require(not broken, f"VectorQuantize: {rule}.")
+        self._layout = VectorLayout(
+            dim,
+            heads,
+            separate_codebook_per_head,
+            channel_last,
+            spatial=2 if accept_image_fmap else 3 if accept_3d_fmap else 0,
+        )
         self._make_projections(dim, codebook_dim, heads, layernorm_after_project_in)
         self._codebook = Codebook(
             codebook_size,
@@ -308,8 +316,8 @@ class VectorQuantize(nn.Module):
         Raises:
             ValueError: arguments exclude each other, or shapes disagree.
         """
-        rows, shape = self._to_rows(x)
-        row_mask = self._row_mask(mask, lens, shape, x.device)
+        rows, shape = self._layout.rows(x)
+        row_mask = self._layout.row_mask(mask, lens, shape, x.device)
         self._check_call(topk, codebook_transform_fn, indices)
         z, head_mask = self._projected(rows, row_mask)
         call = _Call(
@@ -325,16 +333,16 @@ class VectorQuantize(nn.Module):
             follows=self.ema_update if ema_update is None else ema_update,
         )
         chosen = self._choose(call, ema_update_weight, accum_ema_update)
-        quantize = self.project_out(self._join_heads(self._routed(chosen, call)).to(x.dtype))
+        quantize = self.project_out(self._layout.join(self._routed(chosen, call)).to(x.dtype))
         if row_mask is not None or self.has_projections or self.heads > 1:
             quantize = self._padded(quantize, rows, row_mask, call.topk)
-        quantize = self._from_rows(quantize, call)
+        quantize = self._layout.restored(quantize, shape, call.topk)
         if indices is not None:
-            given = self._head_indices(indices, call)
+            given = self._layout.head_indices(indices, shape, call.mask)
             metric = self._codebook.search_metric
             return quantize, cross_entropy(call.z, chosen.codes, given, metric)
         loss, terms = self._losses(chosen, call)
-        result = (quantize, self._index_map(chosen.indices, call), loss)
+        result = (quantize, self._layout.index_map(chosen.indices, shape, call.topk), loss)
         return (*result, terms) if return_loss_breakdown else result
 
     def _choose(
@@ -440,7 +448,7 @@ class VectorQuantize(nn.Module):
 
     def _diversity(self, chosen: _Chosen, call: _Call) -> Tensor:
         examples, positions = call.shape[0], call.shape[1:].numel()
-        shared_heads = self._heads_in_rows
+        shared_heads = self._layout.heads_in_rows
         z = call.z.unflatten(1, (examples, positions, shared_heads))
         z = z.transpose(2, 3).flatten(1, 2)
         mask = call.mask
@@ -464,16 +472,16 @@ class VectorQuantize(nn.Module):
 
     def update_indices(self, x: Tensor, indices: Tensor, mask: Tensor | None = None) -> None:
         """An update of the codebook by x (as in `forward`) whose indices are known."""
-        rows, shape = self._to_rows(x)
-        z, head_mask = self._projected(rows, self._row_mask(mask, None, shape, x.device))
-        call = _Call(z, shape, head_mask)
-        self._codebook.update_indices(z, self._head_indices(indices, call), head_mask)
+        rows, shape = self._layout.rows(x)
+        z, head_mask = self._projected(rows, self._layout.row_mask(mask, None, shape, x.device))
+        given = self._layout.head_indices(indices, shape, head_mask)
+        self._codebook.update_indices(z, given, head_mask)
 
     update_ema_indices = update_indices
 
     def expire_codes_(self, x: Tensor) -> None:
         """In training, restart dead codes at vectors of x (B, N, heads · codebook_dim)."""
-        z = self._split_heads(x.reshape(-1, x.shape[-1]))
+        z = self._layout.split(x.reshape(-1, x.shape[-1]))
         self._codebook.expire_codes_(self._codebook.transform_input(z))
 
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
@@ -494,61 +502,17 @@ class VectorQuantize(nn.Module):
             found = found.flatten(-2)
         elif self.heads > 1:
             return found
-        return found if self._channels_last else found.movedim(-1, 1)
+        return found if self._layout.channels_last else found.movedim(-1, 1)
 
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
         """What `forward` makes of these indices: codes, projected out, in x's layout."""
         codes = self.get_codes_from_indices(indices)
         if self.heads > 1 and not self.separate_codebook_per_head:
             codes = codes.flatten(-2)
-        elif not self._channels_last:
+        elif not self._layout.channels_last:
             codes = codes.movedim(1, -1)
         output: Tensor = self.project_out(codes)
-        return output if self._channels_last else output.movedim(-1, 1)
-
-    @property
-    def _channels_last(self) -> bool:
-        return self.channel_last and not (self.accept_image_fmap or self.accept_3d_fmap)
-
-    @property
-    def _heads_in_rows(self) -> int:
-        """How many rows of the one codebook a vector becomes."""
-        return 1 if self.separate_codebook_per_head else self.heads
-
-    def _to_rows(self, x: Tensor) -> tuple[Tensor, torch.Size]:
-        """x as (rows, dim), and its shape without channels."""
-        dims = 4 if self.accept_image_fmap else 5 if self.accept_3d_fmap else 3
-        channels = x.dim() - 1 if self._channels_last or x.dim() == 2 else 1
-        if x.dim() not in ((2, 3) if dims == 3 else (dims,)) or x.shape[channels] != self.dim:
-            raise ValueError(
-                f"VectorQuantize: x must have {dims} dimensions with {self.dim} channels in "
-                f"dimension {-1 if self._channels_last else 1}; got {tuple(x.shape)}."
-            )
-        moved = x if channels == x.dim() - 1 else x.movedim(channels, -1)
-        return moved.reshape(-1, self.dim), moved.shape[:-1]
-
-    def _from_rows(self, rows: Tensor, call: _Call) -> Tensor:
-        """(rows, dim) as x was; the best few of a vector come last, or before last channels."""
-        few = () if call.topk is None else (call.topk,)
-        output = rows.reshape(*call.shape, *few, self.dim)
-        return output if self._channels_last or len(call.shape) == 1 else output.movedim(-1, 1)
-
-    def _row_mask(
-        self, mask: Tensor | None, lens: Tensor | None, shape: torch.Size, device: torch.device
-    ) -> Tensor | None:
-        """The mask as (rows,)."""
-        if lens is not None:
-            if mask is not None:
-                raise ValueError("VectorQuantize.forward: mask excludes lens; give one of them.")
-            mask = torch.arange(shape[-1], device=device) < lens[:, None]
-        if mask is None:
-            return None
-        if mask.shape != shape or mask.dtype != torch.bool:
-            raise ValueError(
-                f"VectorQuantize.forward: mask must be bool {tuple(shape)} to match x; "
-                f"got {mask.dtype} {tuple(mask.shape)}."
-            )
-        return mask.reshape(-1)
+        return output if self._layout.channels_last else output.movedim(-1, 1)
 
     def _projected(self, rows: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """z (h, N, D), and which of its rows count.
@@ -560,9 +524,9 @@ class VectorQuantize(nn.Module):
             finite = rows.isfinite().all(dim=-1)
             rows = torch.where(finite[:, None], rows, 0.0)
             mask = finite if mask is None else mask & finite
-        if mask is not None and self._heads_in_rows > 1:
-            mask = mask.repeat_interleave(self._heads_in_rows)
-        return self._codebook.transform_input(self._split_heads(self.project_in(rows))), mask
+        if mask is not None and self._layout.heads_in_rows > 1:
+            mask = mask.repeat_interleave(self._layout.heads_in_rows)
+        return self._codebook.transform_input(self._layout.split(self.project_in(rows))), mask
 
     def _padded(
         self, quantize: Tensor, rows: Tensor, mask: Tensor | None, topk: int | None
@@ -576,43 +540,6 @@ class VectorQuantize(nn.Module):
             return few
         padding = 0.0 if self.return_zeros_for_masked_padding else rows[:, None]
         return torch.where(mask[:, None, None], few, padding)
-
-    def _split_heads(self, z: Tensor) -> Tensor:
-        """(rows, heads·D) → (1, rows·heads, D), or (heads, rows, D) for separate codebooks."""
-        if self.heads == 1:
-            return z[None]
-        split = z.unflatten(-1, (self.heads, -1))
-        return (
-            split.transpose(0, 1) if self.separate_codebook_per_head else split.flatten(0, 1)[None]
-        )
-
-    def _join_heads(self, q: Tensor) -> Tensor:
-        """The inverse of `_split_heads`."""
-        if self.heads == 1:
-            return q[0]
-        if self.separate_codebook_per_head:
-            return q.transpose(0, 1).flatten(-2)
-        return q[0].unflatten(0, (-1, self.heads)).flatten(-2)
-
-    def _index_map(self, indices: Tensor, call: _Call) -> Tensor:
-        """(h, N) indices in x's shape, with a last dimension of heads or of the best few."""
-        if self.separate_codebook_per_head and self.heads > 1:
-            indices = indices.transpose(0, 1)
-        few = self.heads if call.topk is None else call.topk
-        last = () if self.heads == 1 and call.topk is None else (few,)
-        return indices.reshape(*call.shape, *last)
-
-    def _head_indices(self, indices: Tensor, call: _Call) -> Tensor:
-        """The inverse of `_index_map` without topk; −1 where masked."""
-        expected = (*call.shape, self.heads) if self.heads > 1 else tuple(call.shape)
-        if tuple(indices.shape) != expected:
-            raise ValueError(
-                f"VectorQuantize: indices must be {expected} to match x; "
-                f"got {tuple(indices.shape)}."
-            )
-        separate = self.separate_codebook_per_head and self.heads > 1
-        found = indices.reshape(-1, self.heads).T if separate else indices.reshape(1, -1)
-        return found if call.mask is None else torch.where(call.mask, found, -1)
 
     def _check_call(
         self, topk: int | None, transform: CodebookTransform | None, indices: Tensor | None

@@ -132,3 +132,23 @@ def test_half_precision_rows_give_float32_codes() -> None:
 def test_refuses(x: Tensor, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         kmeans(x, **{"num_codes": 2, **options})
+
+
+def test_cosine_clusters_directions() -> None:
+    """Unit codes at the mean direction of their rows, whatever the rows' lengths."""
+    x, _ = _blobs(spread=0.3)
+    x = (x - 5.0)[torch.randperm(len(x), generator=torch.Generator().manual_seed(0))]
+    lengths = torch.rand(len(x), 1, generator=torch.Generator().manual_seed(1)) + 0.1
+    codebook, indices = kmeans(x * lengths, 8, iterations=100, metric="cosine")
+    unit = torch.nn.functional.normalize(x.double(), dim=1)
+    assert torch.equal(indices, (unit @ codebook.double().T).argmax(dim=1))
+    for k in range(8):
+        mean = unit[indices == k].mean(dim=0)
+        # Unit rows in float32, their mean and its length: some ten roundings of values below 1.
+        assert ((mean / mean.norm() - codebook[k].double()).abs() <= 16 * 2.0**-24).all()
+    assert len(indices.unique()) == 8
+
+
+def test_refuses_an_unknown_metric() -> None:
+    with pytest.raises(ValueError, match="metric must be 'l2' or 'cosine'; got 'dot'"):
+        kmeans(torch.zeros(3, 2), 2, metric="dot")
