@@ -31,9 +31,9 @@ class ResidualVQ(ResidualLevels):
     that Q straight-through levels add up to Q times the gradient, as in that library. Residuals and
     sums are float32 for half-precision x, and every index is exact for the residual it was given.
 
-    Arguments keep their names and defaults. QINCo (`implicit_neural_codebook`, `mlp_kwargs`) and
-    `diveq` are refused by name; docs/migration.md lists every argument, and where results differ on
-    purpose.
+    Arguments keep their names and defaults. QINCo (`implicit_neural_codebook`, `mlp_kwargs`),
+    `diveq` and beam search (`beam_size` and its like, unless 1) are refused by name;
+    docs/migration.md lists every argument, and where results differ on purpose.
 
     Args:
         dim: channels of x.
@@ -53,8 +53,6 @@ class ResidualVQ(ResidualLevels):
     Zeghidour et al. 2021, arXiv:2107.03312, algorithm 1. Shared codebook: Lee et al. 2022,
     arXiv:2203.01941, sec. 3.1.
     """
-
-    beam_score_weights: Tensor
 
     def __init__(
         self,
@@ -86,16 +84,15 @@ class ResidualVQ(ResidualLevels):
             quantize_dropout_cutoff_index,
             quantize_dropout_multiple_of,
         )
-        for name, value in (
-            ("diveq", diveq),
-            ("implicit_neural_codebook", implicit_neural_codebook),
-            ("mlp_kwargs", mlp_kwargs),
-        ):
-            if value:
-                raise ValueError(
-                    f"ResidualVQ: {name} is out of fastvq's scope; leave it at its default, or "
-                    "see docs/migration.md for another way."
-                )
+        _refuse(
+            "ResidualVQ",
+            diveq=diveq,
+            implicit_neural_codebook=implicit_neural_codebook,
+            mlp_kwargs=mlp_kwargs,
+            beam_size=beam_size != 1 and beam_size,
+            eval_beam_size=eval_beam_size != 1 and eval_beam_size,
+            beam_score_quantizer_weights=beam_score_quantizer_weights,
+        )
         if heads != 1:
             raise ValueError(
                 f"ResidualVQ: heads must be 1; got {heads}. Use GroupedResidualVQ for several "
@@ -179,6 +176,7 @@ class ResidualVQ(ResidualLevels):
             return_all_codes: also return every level's codes, (Q, B, …, codebook_dim).
             sample_codebook_temp: of levels that draw their codes.
             freeze_codebook: leave the codes alone in this call.
+            beam_size: refused, unless 1.
             rand_quantize_dropout_fixed_seed: of quantizer dropout; None draws one.
         Returns:
             quantized, in x's shape and dtype; indices (B, …, Q) int64, −1 for dropped levels;
@@ -187,6 +185,7 @@ class ResidualVQ(ResidualLevels):
         Raises:
             ValueError: shapes disagree, or `indices` have dropped levels.
         """
+        _refuse("ResidualVQ.forward", beam_size=beam_size != 1 and beam_size)
         rows = x.movedim(1, -1) if self.accept_image_fmap else x
         shape = rows.shape[:-1]
         if rows.shape[-1] != self.dim:
@@ -310,3 +309,13 @@ def _codebook_sizes(
             f"got {codebook_size}."
         )
     return codebook_size
+
+
+def _refuse(where: str, **given: Any) -> None:
+    """ValueError for the first argument that is set."""
+    for name, value in given.items():
+        if value:
+            raise ValueError(
+                f"{where}: {name} is out of fastvq's scope; leave it at its default, or see "
+                "docs/migration.md for another way."
+            )

@@ -92,7 +92,7 @@ def _entropies(x: Tensor, counts: Tensor, scale: float) -> tuple[Tensor, Tensor]
 
 
 @pytest.mark.parametrize("bits", [1, 2, 5, 11])
-@pytest.mark.parametrize("scale", [0.5, 8.0, 200.0])
+@pytest.mark.parametrize("scale", [0.5, 3.0, 8.0, 200.0])
 def test_entropies(bits: int, scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(binary_entropy, "_BLOCK_TERMS", 3 * 2**bits)  # several blocks, one ragged
     x = 0.3 * torch.randn(7, 2, bits)
@@ -107,9 +107,9 @@ def test_entropies(bits: int, scale: float, monkeypatch: pytest.MonkeyPatch) -> 
         results.append((per_sample.detach(), batch.detach(), inputs.grad))
     (per_sample, batch, grad), (true_per_sample, true_batch, true_grad) = results
     # A logit of size l errs by bits·u·l, and so does its probability, relatively; then sums over
-    # the codes, of entropies below ln K + ln 1e5.
+    # the codes, first of one half of the bits, then of the other, of entropies below ln K + ln 1e5.
     logit = scale * x.abs().sum(dim=-1).max().item()
-    relative = (2**bits + 2 * bits * logit + 8) * U
+    relative = (2 * 2 ** -(-bits // 2) + 2 * bits * logit + 8) * U
     for one, true in ((per_sample, true_per_sample), (batch, true_batch)):
         assert abs(one.item() - true.item()) <= relative * (bits + math.log(1e5))
     bound = relative * 2 * scale * (bits + math.log(1e5)) / counts.sum()
