@@ -73,7 +73,7 @@ CASES: dict[str, Case] = {
     ),
     "encodec k-means": Case(
         lambda: hosts.ResidualVectorQuantization(
-            num_quantizers=2, dim=DIM, codebook_size=CODES, kmeans_init=True
+            num_quantizers=2, dim=DIM, codebook_size=CODES, kmeans_init=True, kmeans_iters=2
         ),
         (2, DIM, 100),
         3,
