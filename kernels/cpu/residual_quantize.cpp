@@ -22,8 +22,9 @@ void residual_quantize(const NearestCodeKernel& kernel, const RowPasses& passes,
   for (int64_t q = 0; q < Q; ++q) {
     rows.codebook =
         static_cast<const char*>(codebooks) + q * K * D * bytes_of_element(codebook_dtype);
-    nearest_code(kernel, rows.x, rows.x_dtype, rows.codebook, codebook_dtype, level.data(), nullptr,
-                 N, K, D, kL2, num_threads, kAllSearches);
+    const NearestCodeCall call = {
+        rows.x, rows.x_dtype, rows.codebook, codebook_dtype, level.data(), nullptr, N, K, D, kL2};
+    nearest_code(kernel, call, num_threads, kAllSearches);
     for (int64_t n = 0; n < N; ++n) indices[n * Q + q] = level[static_cast<size_t>(n)];
     if (q + 1 == Q) break;
     over_rows(N, D, num_threads, [&](int64_t first, int64_t last) {

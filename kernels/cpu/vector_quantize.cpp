@@ -18,8 +18,17 @@ void vector_quantize(const NearestCodeKernel& kernel, const RowPasses& passes,
         static_cast<const char*>(rows.x) + first * rows.D * bytes_of_element(rows.x_dtype);
     const char* codes = static_cast<const char*>(rows.codebook) +
                         book * rows.K * rows.D * bytes_of_element(rows.codebook_dtype);
-    nearest_code(kernel, x, rows.x_dtype, codes, rows.codebook_dtype, indices + first, nullptr,
-                 rows.rows_per_book, rows.K, rows.D, metric, num_threads, kAllSearches);
+    const NearestCodeCall call = {x,
+                                  rows.x_dtype,
+                                  codes,
+                                  rows.codebook_dtype,
+                                  indices + first,
+                                  nullptr,
+                                  rows.rows_per_book,
+                                  rows.K,
+                                  rows.D,
+                                  metric};
+    nearest_code(kernel, call, num_threads, kAllSearches);
   }
   over_rows(books * rows.rows_per_book, rows.D, num_threads, [&](int64_t first, int64_t last) {
     passes.gather(rows, mask, mask_rows, indices, quantized, distance, first, last);
