@@ -145,7 +145,7 @@ def test_bad_options():
     with pytest.raises(ValueError, match="backend must be one of triton, cpp, reference"):
         ops.nearest_code(x, codebook, backend="cuda")
     with pytest.raises(RuntimeError, match='backend="triton" cannot run'):
-        ops.nearest_code(x, codebook, backend="triton")
+        ops.nearest_code(x.double(), codebook, backend="triton")
 
 
 def test_precision_fast_is_within_its_bound():
