@@ -16,7 +16,7 @@ BIN := .venv/bin
 export OMP_NUM_THREADS ?= 2
 
 INSTALL_INPUTS := pyproject.toml setup.py constraints.txt $(wildcard kernels/cpu/*)
-CPP_SOURCES := $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h)
+CPP_SOURCES := $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h tests/kernels/*.cpp tests/kernels/*.h)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
