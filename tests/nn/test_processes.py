@@ -22,7 +22,7 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fastvq import VectorQuantize
+from fastvq import FSQ, LFQ, ResidualVQ, SimVQ, VectorQuantize
 from fastvq.nn import Codebook
 
 U = 2.0**-24  # float32
@@ -95,6 +95,10 @@ CASES = {
     "revival, empty on one": Case(codebook(revive_below=0.5), empty_on_one),
     "revival, masked on one": Case(codebook(revive_below=0.5), masked_on_one),
     "revival by count": Case(codebook(kmeans_init=False, revive_below_count=2.0), uneven),
+    "cosine": Case(codebook(metric="cosine"), uneven),
+    "cosine, empty on one": Case(codebook(metric="cosine", revive_below=0.5), empty_on_one),
+    "smoothed counts": Case(codebook(ema_rule="smoothed_counts"), masked_on_one),
+    "debiased": Case(codebook(ema_rule="debiased", kmeans_init=False), empty_on_one),
     "learnable": Case(codebook(learnable=True, revive_below=0.5), uneven),
     "learnable, empty on one": Case(codebook(learnable=True, revive_below=0.5), empty_on_one),
 }
@@ -131,15 +135,20 @@ class Autoencoder(nn.Module):
         self.quantizer = quantizer
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        quantized, _, loss = self.quantizer(self.encoder(x)[None], mask=mask)
+        told = {} if mask is None else {"mask": mask}
+        quantized, _, *losses = self.quantizer(self.encoder(x)[None], **told)
         difference = self.decoder(quantized[0]) - x
         if mask is not None:
             difference = difference[mask[0]]
-        return (difference**2).sum() / 50.0 + loss.sum()
+        return (difference**2).sum() / 50.0 + sum(loss.sum() for loss in losses)
 
 
 def quantizer(**options: Any) -> Callable[[], nn.Module]:
     return lambda: VectorQuantize(DIM, 8, **options)
+
+
+def residual(**options: Any) -> Callable[[], nn.Module]:
+    return lambda: ResidualVQ(dim=DIM, num_quantizers=3, codebook_size=8, **options)
 
 
 WRAPPED = {
@@ -157,13 +166,37 @@ WRAPPED = {
         uneven,
     ),
     "accumulated": Case(quantizer(codebook_dim=2), even, accumulate=2),
+    "cosine": Case(quantizer(use_cosine_sim=True, kmeans_init=True), masked_on_one),
+    "drawn codes": Case(quantizer(stochastic_sample_codes=True), uneven),
+    "losses of the codes": Case(
+        quantizer(orthogonal_reg_weight=1.0, codebook_diversity_loss_weight=0.1), empty_on_one
+    ),
+    "optimizer in place": Case(
+        quantizer(
+            learnable_codebook=True,
+            ema_update=False,
+            in_place_codebook_optimizer=lambda codes: torch.optim.SGD(codes, lr=0.1),
+        ),
+        uneven,
+    ),
+    "residual": Case(residual(kmeans_init=True, threshold_ema_dead_code=1), uneven),
+    "residual, masked on one": Case(residual(codebook_dim=2), masked_on_one),
+    "residual, shared, dropout": Case(
+        residual(shared_codebook=True, quantize_dropout=True, kmeans_init=True), empty_on_one
+    ),
+    "SimVQ": Case(lambda: SimVQ(DIM, 8), uneven),
+    "SimVQ, empty on one": Case(lambda: SimVQ(DIM, 8), empty_on_one),
+    "FSQ": Case(lambda: FSQ([4, 3, 5]), empty_on_one),
+    "LFQ": Case(lambda: LFQ(dim=DIM, codebook_size=8), uneven),
+    "LFQ, empty on one": Case(lambda: LFQ(dim=DIM, codebook_size=8), empty_on_one),
+    "LFQ, masked on one": Case(lambda: LFQ(dim=DIM, codebook_size=8), masked_on_one),
 }
 
 
 def run_wrapped(case: Case, rank: int, world: int) -> dict[str, Tensor]:
     torch.manual_seed(0)
     trained = DistributedDataParallel(Autoencoder(case.build()))
-    optimizer = torch.optim.SGD(trained.parameters(), lr=0.05)
+    optimizer = torch.optim.SGD(trained.parameters(), lr=0.01)
     for step in range(STEPS):
         x, mask = case.deal(step, rank, world)
         last = (step + 1) % case.accumulate == 0
@@ -268,8 +301,13 @@ def test_ranks_equal_one_process(ranks: list[dict[str, Any]], name: str) -> None
     count = STEPS * U * 81
     total = 10 * count
     least = state["cluster_size"].min().item()
-    bounds = {"initted": 0.0, "cluster_size": count, "embed_avg": total}
+    bounds = {"initted": 0.0, "ema_steps": 0.0, "cluster_size": count, "embed_avg": total}
     bounds["embed"] = (total + 10 * count) / least + 81 * U
+    if getattr(case.build(), "metric", "l2") == "cosine":
+        # Rows of length 1; the codes are means divided by their length instead of their count.
+        bounds["embed_avg"] = count
+        least = state["embed_avg"].norm(dim=-1).min().item()
+        bounds["embed"] = 2 * count / least + 81 * U
     for key, value in state.items():
         assert (value.double() - ranks[0][name][key].double()).abs().max() <= bounds[key], key
 
