@@ -93,7 +93,11 @@ class CpuRowExecutor:
         self._sizes = [n, plan.embedding.shape[1], hidden, num_codes, height, width]
         self._samples = self._address(samples)
         self._num_layers = len(layers)
-        self._columns = torch.zeros(max(1, min(torch.get_num_threads(), n)), dtype=torch.int64)
+        # A range of samples for each thread, as sample_row.cpp divides them; its next column.
+        blocks = max(1, min(torch.get_num_threads(), n))
+        self._columns = torch.zeros(blocks, dtype=torch.int64)
+        ends = n * torch.arange(1, blocks + 1) // blocks
+        self._range_of = torch.searchsorted(ends, torch.arange(n), right=True)
 
     def draw_row(self, codes: Tensor, row: int) -> Iterator[Doubt]:
         """Draw the unknown codes (−1) of a row in place, stopping at each doubt.
@@ -114,9 +118,9 @@ class CpuRowExecutor:
             stopped = sorted({int(column) for column in self._columns if column < width})
             if not stopped:
                 return
-            missing = codes[:, row] < 0
+            own_column = self._columns[self._range_of]
             for column in stopped:
-                yield Doubt(column, self._doubtful & missing[:, column], self._logits)
+                yield Doubt(column, self._doubtful & (own_column == column), self._logits)
             self._columns.add_(self._columns < width)
 
     def _address(self, tensor: Tensor) -> int:

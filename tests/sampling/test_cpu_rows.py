@@ -122,8 +122,14 @@ def _constant(logits: Tensor) -> PixelCNN:
     ],
 )
 @pytest.mark.parametrize("spread", [0.0, 1e-3, 1.0, 30.0, 1e4])
-def test_draws_and_doubts_as_python_does(rule: Filter, spread: float) -> None:
-    """Both on the same logits; with a small spread many draws are close."""
+@pytest.mark.parametrize("threads", [1, 3])
+def test_draws_and_doubts_as_python_does(
+    threads: int, rule: Filter, spread: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both on the same logits; with a small spread many draws are close, and ranges of samples
+    stop at columns of their own.
+    """
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     n, width = 4, 50
     logits = spread * torch.randn(40, generator=torch.Generator().manual_seed(5))
     logits[7] = logits[3]
