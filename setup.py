@@ -113,7 +113,7 @@ def ninja_file(compiler: list[str], output: Path) -> str:
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",
-        f"  command = $cxx {shlex.join(shared)} $in -o $out",
+        f"  command = $cxx {shlex.join(shared)} $in -o $out{'' if apple else ' -ldl'}",
     ]
     objects = []
     for source, own in core_sources().items():

@@ -1,11 +1,11 @@
-// Worker threads of one call. Nothing here outlives the call: no pool, so nothing to break after
-// fork() and nothing shared between Python threads that call at once.
+// Worker threads of one call: PyTorch's own, where its OpenMP runtime is in the process. That one
+// keeps its threads spinning for a while after each parallel operation, so threads of our own would
+// share the processors with them: on two cores a training step between PyTorch's operations took
+// twice as long. Elsewhere, and after fork(), threads are started for each call. Calls from several
+// Python threads at once are safe either way.
 #pragma once
 
 #include <cstdint>
-#include <system_error>
-#include <thread>
-#include <vector>
 
 namespace fastvq {
 
@@ -22,23 +22,16 @@ inline int threads_for_rows(int requested, int64_t N, int64_t D) {
   return useful_threads(requested, 8.0 * static_cast<double>(N) * static_cast<double>(D + 16));
 }
 
-// Calls body(worker) for worker = 0 … workers-1, worker 0 on the calling thread. A worker that the
-// system refuses to start runs on the calling thread instead. body must not throw.
+// Calls body(state, worker) for worker = 0 … workers-1, in the caller's floating-point environment.
+using WorkerBody = void (*)(const void* state, int worker);
+void run_workers(int workers, WorkerBody body, const void* state);
+
+// The same for any callable. body must not throw.
 template <class Body>
 void run_workers(int workers, const Body& body) {
-  std::vector<std::thread> threads;
-  threads.reserve(static_cast<size_t>(workers));
-  int started = 1;
-  for (; started < workers; ++started) {
-    try {
-      threads.emplace_back(body, started);
-    } catch (const std::system_error&) {
-      break;
-    }
-  }
-  body(0);
-  for (int worker = started; worker < workers; ++worker) body(worker);
-  for (std::thread& thread : threads) thread.join();
+  run_workers(
+      workers, [](const void* state, int worker) { (*static_cast<const Body*>(state))(worker); },
+      &body);
 }
 
 // Calls pass(first, last) with equal ranges of N rows of D elements.

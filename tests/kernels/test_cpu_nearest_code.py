@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import multiprocessing
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -231,6 +233,27 @@ def test_after_fork() -> None:
     child.join(60)
     assert child.exitcode == 0
     assert list(shared) == expected.tolist()
+
+
+_WITHOUT_TORCH = """
+import ctypes, sys
+import _fastvq_C
+N, K, D = 4000, 300, 16
+rows = (ctypes.c_float * (N * D))(*((i * 37 % 101) / 7 for i in range(N * D)))
+codes = (ctypes.c_float * (K * D))(*((i * 53 % 97) / 7 for i in range(K * D)))
+found = []
+for threads in (1, 2):
+    indices = (ctypes.c_longlong * N)()
+    address = [ctypes.addressof(buffer) for buffer in (rows, codes, indices)]
+    _fastvq_C.nearest_code(address[0], 0, address[1], 0, address[2], 0, N, K, D, 0, threads)
+    found.append(list(indices))
+assert "torch" not in sys.modules
+assert found[0] == found[1] and len(set(found[0])) > 1
+"""
+
+
+def test_starts_threads_of_its_own_without_openmp() -> None:
+    subprocess.run([sys.executable, "-c", _WITHOUT_TORCH], check=True)
 
 
 def test_isa_in_use_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
