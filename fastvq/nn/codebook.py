@@ -258,7 +258,7 @@ class Codebook(nn.Module):
         else:
             counts = self._histogram(out.indices)
         usage = self._usage()
-        if updating:
+        if updating and self.revives:
             self._revive(heads, out.indices >= 0)
         commitment = self.mean(out.commitment, out.indices)
         codebook = commitment.new_zeros(())
@@ -334,15 +334,12 @@ class Codebook(nn.Module):
             accumulate: only keep the statistics, for the next update without it.
         """
         follow = follow and not self.manual_ema_update
-        whole_step = weight is None and self.ema_rule == "smoothed_divisor"
-        state, rule = (
-            (self.cluster_size, self.embed_avg, self.embed),
-            {"decay": self.decay, "eps": self.eps, "unit": self.metric == "cosine"},
-        )
         waits = accumulate or self._waiting_counts is not None
-        if whole_step and follow and not waits and world_size(self.sync) == 1:
-            if x.dtype != torch.float64 and runs_in_cpp(*state):
-                return ema_step_of_rows(*state, x.detach(), indices, **rule)
+        whole_step = weight is None and self.ema_rule == "smoothed_divisor"
+        state = self.cluster_size, self.embed_avg, self.embed
+        decay, eps, unit = self.decay, self.eps, self.metric == "cosine"
+        if whole_step and follow and not waits and self._steps_by_rows(x, state):
+            return ema_step_of_rows(*state, x, indices, decay=decay, eps=eps, unit=unit)
         counts, sums = statistics_of_search(x, indices, self.num_codes)
         counts, sums = summed(counts.float(), sums.float(), self.sync)
         if callable(weight):
@@ -352,10 +349,16 @@ class Codebook(nn.Module):
         if accumulate:
             return counts
         if whole_step:
-            ema_step(*state[:2], self.embed if follow else None, counts, sums, **rule)
+            codes = self.embed if follow else None
+            ema_step(*state[:2], codes, counts, sums, decay=decay, eps=eps, unit=unit)
         else:
             self._step(counts, sums, follow, weight)
         return counts
+
+    def _steps_by_rows(self, x: Tensor, state: tuple[Tensor, ...]) -> bool:
+        """Whether one pass over this process's rows is the whole step."""
+        here = x.dtype is not torch.float64 and world_size(self.sync) == 1
+        return here and runs_in_cpp(*state)
 
     def _step(self, counts: Tensor, sums: Tensor, follow: bool, weight: Tensor | None) -> None:
         """A step of the rules that `ema_step` does not know, or one weighted by code."""
@@ -371,7 +374,6 @@ class Codebook(nn.Module):
         if follow:
             self.embed.copy_(torch.where(some[..., None] > 0, self._followed(), self.embed))
 
-    @torch.no_grad()
     def learn_from(
         self,
         x: Tensor,
@@ -383,7 +385,7 @@ class Codebook(nn.Module):
     ) -> None:
         """A whole training update: `observe`, then restart dead codes."""
         self.observe(x, indices, follow=follow, weight=weight, accumulate=accumulate)
-        if not accumulate:
+        if self.revives and not accumulate:
             self._revive(x, indices >= 0)
 
     def collect_gradient(self, x: Tensor, indices: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fastvq import ops
 from fastvq.ops.code_statistics import rows_of_codes
+from fastvq.ops.vector_quantize_mean import vector_quantize_mean
 
 from .code_scores import choose_codes, soft_gradient
 from .codebook import Codebook, UpdateWeight
@@ -50,7 +51,10 @@ class _Call(NamedTuple):
 
 
 class _Chosen(NamedTuple):
-    """The codes of a call's rows: `fastvq.ops.VectorQuantizeOutput`, then what led to them."""
+    """The codes of a call's rows: `fastvq.ops.VectorQuantizeOutput`, then what led to them.
+
+    The two losses are by row, or () where they are their means already.
+    """
 
     quantized: Tensor
     indices: Tensor
@@ -377,7 +381,8 @@ class VectorQuantize(nn.Module):
             return _Chosen(*found, codes, own=rows)
         draws = self.training and self.stochastic_sample_codes and call.temperature > 0.0
         if not draws and call.topk is None:
-            found = ops.vector_quantize(z, codes, mask=call.mask, metric=metric, gradient=gradient)
+            search = vector_quantize_mean if self.training else ops.vector_quantize
+            found = search(z, codes, mask=call.mask, metric=metric, gradient=gradient)
             return _Chosen(*found, codes)
         indices = choose_codes(
             z,
@@ -438,13 +443,13 @@ class VectorQuantize(nn.Module):
         if self.commitment_use_cross_entropy_loss and call.topk is None:
             metric = self._codebook.search_metric
             return cross_entropy(call.z, chosen.codes, chosen.indices, metric)
-        by_row = chosen.commitment
+        loss = chosen.commitment
         if self.learnable_codebook and not call.frozen:
             # The same value, with its gradient to the codes.
-            by_row = by_row + (chosen.codebook - chosen.codebook.detach())
-        if call.topk is None:
-            return self._codebook.mean(by_row, chosen.indices)
-        return by_row.reshape(*call.shape, call.topk) / self._codebook.dim
+            loss = loss + (chosen.codebook - chosen.codebook.detach())
+        if call.topk is not None:
+            return loss.reshape(*call.shape, call.topk) / self._codebook.dim
+        return self._codebook.mean(loss, chosen.indices) if loss.dim() else loss
 
     def _diversity(self, chosen: _Chosen, call: _Call) -> Tensor:
         examples, positions = call.shape[0], call.shape[1:].numel()

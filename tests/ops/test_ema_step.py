@@ -166,9 +166,7 @@ def test_opcheck() -> None:
     x, indices = make_rows(2, 20, 5, 3)
     counts, sums = code_statistics(x, indices, 5)
     for backend in ("cpp", "reference"):
-        torch.library.opcheck(
-            STEP, (*make_state(2, 5, 3), counts, sums, 0.8, 1e-5, True, backend)
-        )
+        torch.library.opcheck(STEP, (*make_state(2, 5, 3), counts, sums, 0.8, 1e-5, True, backend))
     torch.library.opcheck(STEP_OF_ROWS, (*make_state(2, 5, 3), x, indices, 0.8, 1e-5, False))
 
 
