@@ -489,13 +489,17 @@ class Codebook(nn.Module):
         sums = (rows * restart[..., None]).clamp(-LARGEST_SUM, LARGEST_SUM)
         self.embed_avg.copy_(torch.where(dead[..., None], sums, self.embed_avg))
 
-    @torch.no_grad()
     def init_embed_(self, x: Tensor, mask: Tensor | None = None) -> None:
         """k-means on transformed rows x (h, N, D), once every codebook has a counted row.
 
         Does nothing where the codes have started already.
         """
-        if self._known_initted or bool(self.initted):
+        if not self._known_initted:
+            self._start(x, mask)
+
+    @torch.no_grad()
+    def _start(self, x: Tensor, mask: Tensor | None) -> None:
+        if bool(self.initted):
             self._known_initted = True
             return
         counted = x.isfinite().all(dim=-1)

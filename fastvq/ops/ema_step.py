@@ -84,7 +84,7 @@ def runs_in_cpp(*state: Tensor | None) -> bool:
         return False
     for tensor in state:
         if tensor is not None and not (
-            tensor.dtype is torch.float32 and tensor.device.type == "cpu" and tensor.is_contiguous()
+            tensor.dtype is torch.float32 and tensor.is_cpu and tensor.is_contiguous()
         ):
             return False
     return True
