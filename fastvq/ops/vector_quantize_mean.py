@@ -45,8 +45,12 @@ def vector_quantize_mean(
     checks.check_rows("vector_quantize", x)
     checks.check_codebook("vector_quantize", codebook, x)
     backend = choose("vector_quantize", None, x, codebook)
-    outputs = _VectorQuantizeMean.apply(x, codebook, mask, metric, gradient, backend)
-    quantized, indices, commitment, codebook_loss = outputs
+    if torch.is_grad_enabled() and (x.requires_grad or codebook.requires_grad):
+        outputs = _VectorQuantizeMean.apply(x, codebook, mask, metric, gradient, backend)
+        quantized, indices, commitment, codebook_loss = outputs
+    else:
+        quantized, indices, commitment, _ = _MEAN_FORWARD(x, codebook, mask, metric, backend)
+        codebook_loss = None
     if codebook_loss is None:
         codebook_loss = commitment.detach()
     return VectorQuantizeOutput(quantized, indices, commitment, codebook_loss)
