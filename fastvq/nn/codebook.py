@@ -12,15 +12,24 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvq import ops
 from fastvq.ops.code_statistics import statistics_of_search
+from fastvq.ops.ema_step import (
+    LARGEST_SUM,
+    average_,
+    ema_step,
+    ema_step_of_rows,
+    laplace_smoothed,
+    runs_in_cpp,
+    some_rows,
+    unit_rows,
+)
 
 from . import ema
 from .codebook_start import cluster_rows
-from .processes import summed
+from .processes import summed, world_size
 from .revival import draw_rows
 
 METRICS = ("l2", "cosine")
@@ -181,7 +190,7 @@ class Codebook(nn.Module):
         embed = torch.empty(self.num_codebooks, self.num_codes, self.dim, dtype=torch.float32)
         nn.init.kaiming_uniform_(embed)
         if self.metric == "cosine":
-            embed = _unit(embed)
+            embed = unit_rows(embed)
         self.register_buffer("initted", torch.tensor(not kmeans_init))
         self.register_buffer("cluster_size", torch.ones(embed.shape[:2], dtype=torch.float32))
         self.register_buffer("embed_avg", embed.clone())
@@ -249,7 +258,7 @@ class Codebook(nn.Module):
         else:
             counts = self._histogram(out.indices)
         usage = self._usage()
-        if updating:
+        if updating and self.revives:
             self._revive(heads, out.indices >= 0)
         commitment = self.mean(out.commitment, out.indices)
         codebook = commitment.new_zeros(())
@@ -264,7 +273,7 @@ class Codebook(nn.Module):
 
     def transform_input(self, x: Tensor) -> Tensor:
         """x as it is compared with the codes: of unit length for the cosine, else unchanged."""
-        return _unit(x) if self.metric == "cosine" else x
+        return unit_rows(x) if self.metric == "cosine" else x
 
     @property
     def search_metric(self) -> str:
@@ -324,30 +333,47 @@ class Codebook(nn.Module):
                 (h, K, D) and counts (h, K) and returns it.
             accumulate: only keep the statistics, for the next update without it.
         """
+        follow = follow and not self.manual_ema_update
+        waits = accumulate or self._waiting_counts is not None
+        whole_step = weight is None and self.ema_rule == "smoothed_divisor"
+        state = self.cluster_size, self.embed_avg, self.embed
+        decay, eps, unit = self.decay, self.eps, self.metric == "cosine"
+        if whole_step and follow and not waits and self._steps_by_rows(x, state):
+            return ema_step_of_rows(*state, x, indices, decay=decay, eps=eps, unit=unit)
         counts, sums = statistics_of_search(x, indices, self.num_codes)
         counts, sums = summed(counts.float(), sums.float(), self.sync)
         if callable(weight):
             weight = weight(sums, counts)
-        if accumulate or self._waiting_counts is not None:
+        if waits:
             counts, sums = self._with_waiting(counts, sums, accumulate)
         if accumulate:
             return counts
-        # 1 where the batch has a counted row, else 0: a batch without one changes nothing.
-        some = counts.sum(dim=1, keepdim=True).clamp(max=1.0)
+        if whole_step:
+            codes = self.embed if follow else None
+            ema_step(*state[:2], codes, counts, sums, decay=decay, eps=eps, unit=unit)
+        else:
+            self._step(counts, sums, follow, weight)
+        return counts
+
+    def _steps_by_rows(self, x: Tensor, state: tuple[Tensor, ...]) -> bool:
+        """Whether one pass over this process's rows is the whole step."""
+        here = x.dtype is not torch.float64 and world_size(self.sync) == 1
+        return here and runs_in_cpp(*state)
+
+    def _step(self, counts: Tensor, sums: Tensor, follow: bool, weight: Tensor | None) -> None:
+        """A step of the rules that `ema_step` does not know, or one weighted by code."""
+        some = some_rows(counts)
         step = some * (1.0 - self.decay)
         if weight is not None:
             step = step * self._by_code(weight)
-        self.cluster_size.lerp_(counts, step)
-        self.embed_avg.lerp_(sums.clamp(-ema.LARGEST_SUM, ema.LARGEST_SUM), step[..., None])
+        average_(self.cluster_size, self.embed_avg, counts, sums, step)
         if self.ema_rule == "smoothed_counts":
-            self.cluster_size.lerp_(ema.laplace_smoothed(self.cluster_size, self.eps), some)
+            self.cluster_size.lerp_(laplace_smoothed(self.cluster_size, self.eps), some)
         elif self.ema_rule == "debiased":
             self.ema_steps.add_(some)
-        if follow and not self.manual_ema_update:
+        if follow:
             self.embed.copy_(torch.where(some[..., None] > 0, self._followed(), self.embed))
-        return counts
 
-    @torch.no_grad()
     def learn_from(
         self,
         x: Tensor,
@@ -359,7 +385,7 @@ class Codebook(nn.Module):
     ) -> None:
         """A whole training update: `observe`, then restart dead codes."""
         self.observe(x, indices, follow=follow, weight=weight, accumulate=accumulate)
-        if not accumulate:
+        if self.revives and not accumulate:
             self._revive(x, indices >= 0)
 
     def collect_gradient(self, x: Tensor, indices: Tensor) -> Tensor:
@@ -406,7 +432,7 @@ class Codebook(nn.Module):
         codes = ema.codes_of_averages(
             self.ema_rule, self.cluster_size, self.embed_avg, self.eps, debias
         )
-        return _unit(codes) if self.metric == "cosine" else codes
+        return unit_rows(codes) if self.metric == "cosine" else codes
 
     @torch.no_grad()
     def update_ema(self) -> None:
@@ -460,16 +486,20 @@ class Codebook(nn.Module):
         dead, rows = draw_rows(x, counted, self.cluster_size < threshold, self.sync)
         self.cluster_size.copy_(torch.where(dead, restart, self.cluster_size))
         self.embed.copy_(torch.where(dead[..., None], rows, self.embed))
-        sums = (rows * restart[..., None]).clamp(-ema.LARGEST_SUM, ema.LARGEST_SUM)
+        sums = (rows * restart[..., None]).clamp(-LARGEST_SUM, LARGEST_SUM)
         self.embed_avg.copy_(torch.where(dead[..., None], sums, self.embed_avg))
 
-    @torch.no_grad()
     def init_embed_(self, x: Tensor, mask: Tensor | None = None) -> None:
         """k-means on transformed rows x (h, N, D), once every codebook has a counted row.
 
         Does nothing where the codes have started already.
         """
-        if self._known_initted or bool(self.initted):
+        if not self._known_initted:
+            self._start(x, mask)
+
+    @torch.no_grad()
+    def _start(self, x: Tensor, mask: Tensor | None) -> None:
+        if bool(self.initted):
             self._known_initted = True
             return
         counted = x.isfinite().all(dim=-1)
@@ -493,11 +523,6 @@ class Codebook(nn.Module):
         self.embed_avg.copy_(codes * self.cluster_size[..., None])
         self.initted.fill_(True)
         self._known_initted = True
-
-
-def _unit(x: Tensor) -> Tensor:
-    """Rows of length one; a length below 1e-6 counts as 1e-6."""
-    return F.normalize(x, dim=-1, eps=1e-6)
 
 
 def _perplexity(counts: Tensor) -> Tensor:

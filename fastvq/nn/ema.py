@@ -1,6 +1,7 @@
 """How codes follow their rows by exponential moving averages: the rules, by name.
 
-Lives here: the formulas. When they are applied, and to whose rows, is `codebook.py`.
+Lives here: what the rules make of the averages. The averages themselves, and the whole step of the
+first rule, are `fastvq.ops.ema_step`; when they are applied, and to whose rows, is `codebook.py`.
 
 With n[k] rows of sum s[k] assigned to code k in a batch, decay γ, K codes and a small ε, every
 rule keeps
@@ -20,17 +21,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from fastvq.ops.ema_step import laplace_smoothed
+
 RULES = ("smoothed_divisor", "smoothed_counts", "debiased")
-
-# A sum this large is cut off: two of them still have a difference, so that averages of huge
-# rows lose accuracy but never become NaN.
-LARGEST_SUM = 2.0**125
-
-
-def laplace_smoothed(counts: Tensor, eps: float) -> Tensor:
-    """ΣN · (N[k] + ε) / (ΣN + Kε) over the last dimension."""
-    total = counts.sum(dim=-1, keepdim=True)
-    return (counts + eps) * (total / (total + counts.shape[-1] * eps))
 
 
 def codes_of_averages(

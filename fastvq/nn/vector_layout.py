@@ -77,14 +77,14 @@ class VectorLayout:
     def split(self, z: Tensor) -> Tensor:
         """(rows, heads·D) → (1, rows·heads, D), or (heads, rows, D) for separate codebooks."""
         if self.heads == 1:
-            return z[None]
+            return z.unsqueeze(0)
         split = z.unflatten(-1, (self.heads, -1))
         return split.transpose(0, 1) if self.separate else split.flatten(0, 1)[None]
 
     def join(self, q: Tensor) -> Tensor:
         """The inverse of `split`."""
         if self.heads == 1:
-            return q[0]
+            return q.squeeze(0)
         if self.separate:
             return q.transpose(0, 1).flatten(-2)
         return q[0].unflatten(0, (-1, self.heads)).flatten(-2)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fastvq import ops
 from fastvq.ops.code_statistics import rows_of_codes
+from fastvq.ops.vector_quantize_mean import vector_quantize_mean
 
 from .code_scores import choose_codes, soft_gradient
 from .codebook import Codebook, UpdateWeight
@@ -50,7 +51,10 @@ class _Call(NamedTuple):
 
 
 class _Chosen(NamedTuple):
-    """The codes of a call's rows: `fastvq.ops.VectorQuantizeOutput`, then what led to them."""
+    """The codes of a call's rows: `fastvq.ops.VectorQuantizeOutput`, then what led to them.
+
+    The two losses are by row, or () where they are their means already.
+    """
 
     quantized: Tensor
     indices: Tensor
@@ -333,7 +337,9 @@ class VectorQuantize(nn.Module):
             follows=self.ema_update if ema_update is None else ema_update,
         )
         chosen = self._choose(call, ema_update_weight, accum_ema_update)
-        quantize = self.project_out(self._layout.join(self._routed(chosen, call)).to(x.dtype))
+        quantize = self._layout.join(self._routed(chosen, call)).to(x.dtype)
+        if self.has_projections:
+            quantize = self.project_out(quantize)
         if row_mask is not None or self.has_projections or self.heads > 1:
             quantize = self._padded(quantize, rows, row_mask, call.topk)
         quantize = self._layout.restored(quantize, shape, call.topk)
@@ -349,14 +355,15 @@ class VectorQuantize(nn.Module):
         self, call: _Call, weight: UpdateWeight | None = None, accumulate: bool = False
     ) -> _Chosen:
         """The codes of z; in training also the codebook's start, update and optimizer step."""
+        codebook = self._codebook
         updates = self.training and not call.frozen and call.topk is None
-        observes = updates and (call.follows or self._codebook.revives)
+        observes = updates and (call.follows or codebook.revives)
         optimises = updates and self.in_place_codebook_optimizer is not None
         if self.training:
-            self._codebook.init_embed_(call.z, call.mask)
-        chosen = self._assign(call, self._codebook.codes(changes=observes or optimises))
+            codebook.init_embed_(call.z, call.mask)
+        chosen = self._assign(call, codebook.codes(changes=observes or optimises))
         if observes:
-            self._codebook.learn_from(
+            codebook.learn_from(
                 call.z,
                 chosen.indices,
                 follow=call.follows,
@@ -370,14 +377,16 @@ class VectorQuantize(nn.Module):
 
     def _assign(self, call: _Call, codes: Tensor) -> _Chosen:
         """Codes for z: the nearest, or drawn, or the nearest few, or of implicit codebooks."""
-        z, metric, gradient = call.z, self._codebook.search_metric, self._codebook.gradient
+        z, codebook = call.z, self._codebook
+        metric, gradient = codebook.search_metric, codebook.gradient
         if call.transform is not None:
             own = call.transform(codes).flatten(1, 2)
             found, rows = quantize_to_own_codes(z, own, metric, gradient, call.mask)
             return _Chosen(*found, codes, own=rows)
         draws = self.training and self.stochastic_sample_codes and call.temperature > 0.0
         if not draws and call.topk is None:
-            found = ops.vector_quantize(z, codes, mask=call.mask, metric=metric, gradient=gradient)
+            search = vector_quantize_mean if self.training else ops.vector_quantize
+            found = search(z, codes, mask=call.mask, metric=metric, gradient=gradient)
             return _Chosen(*found, codes)
         indices = choose_codes(
             z,
@@ -438,13 +447,13 @@ class VectorQuantize(nn.Module):
         if self.commitment_use_cross_entropy_loss and call.topk is None:
             metric = self._codebook.search_metric
             return cross_entropy(call.z, chosen.codes, chosen.indices, metric)
-        by_row = chosen.commitment
+        loss = chosen.commitment
         if self.learnable_codebook and not call.frozen:
             # The same value, with its gradient to the codes.
-            by_row = by_row + (chosen.codebook - chosen.codebook.detach())
-        if call.topk is None:
-            return self._codebook.mean(by_row, chosen.indices)
-        return by_row.reshape(*call.shape, call.topk) / self._codebook.dim
+            loss = loss + (chosen.codebook - chosen.codebook.detach())
+        if call.topk is not None:
+            return loss.reshape(*call.shape, call.topk) / self._codebook.dim
+        return self._codebook.mean(loss, chosen.indices) if loss.dim() else loss
 
     def _diversity(self, chosen: _Chosen, call: _Call) -> Tensor:
         examples, positions = call.shape[0], call.shape[1:].numel()
@@ -524,9 +533,11 @@ class VectorQuantize(nn.Module):
             finite = rows.isfinite().all(dim=-1)
             rows = torch.where(finite[:, None], rows, 0.0)
             mask = finite if mask is None else mask & finite
+        if self.has_projections:
+            rows = self.project_in(rows)
         if mask is not None and self._layout.heads_in_rows > 1:
             mask = mask.repeat_interleave(self._layout.heads_in_rows)
-        return self._codebook.transform_input(self._layout.split(self.project_in(rows))), mask
+        return self._codebook.transform_input(self._layout.split(rows)), mask
 
     def _padded(
         self, quantize: Tensor, rows: Tensor, mask: Tensor | None, topk: int | None

@@ -9,6 +9,8 @@
 #include <stdexcept>
 
 #include "code_statistics.h"
+#include "counted_mean.h"
+#include "ema_step.h"
 #include "isa.h"
 #include "nearest_code.h"
 #include "residual_quantize.h"
@@ -161,6 +163,74 @@ PyObject* code_statistics(PyObject*, PyObject* args) {
   });
 }
 
+// State and rule as the two calls below take them: counts, sums, codes, books, K, D, decay, eps,
+// unit.
+#define AVERAGES_FORMAT "KKKLLLddi"
+struct AveragesArguments {
+  unsigned long long counts, sums, codes;
+  long long books, K, D;
+  double decay, eps;
+  int unit;
+
+  fastvq::MovingAverages checked(int num_threads) const {
+    check_sizes(books >= 1 && K >= 0 && D >= 1 && num_threads >= 1);
+    return {address<float*>(counts),
+            address<float*>(sums),
+            address<float*>(codes),
+            books,
+            K,
+            D,
+            decay,
+            eps,
+            unit != 0};
+  }
+};
+
+PyObject* ema_step(PyObject*, PyObject* args) {
+  AveragesArguments in;
+  unsigned long long counts, sums;
+  int num_threads;
+  if (!PyArg_ParseTuple(args, AVERAGES_FORMAT "KKi", &in.counts, &in.sums, &in.codes, &in.books,
+                        &in.K, &in.D, &in.decay, &in.eps, &in.unit, &counts, &sums, &num_threads)) {
+    return nullptr;
+  }
+  return guarded([&]() -> PyObject* {
+    const fastvq::MovingAverages averages = in.checked(num_threads);
+    {
+      const WithoutPythonLock unlocked;
+      fastvq::ema_step(averages, address<const float*>(counts), address<const float*>(sums),
+                       num_threads);
+    }
+    Py_RETURN_NONE;
+  });
+}
+
+PyObject* ema_step_of_rows(PyObject*, PyObject* args) {
+  AveragesArguments in;
+  unsigned long long x, indices, counts;
+  long long N;
+  int x_dtype, num_threads;
+  if (!PyArg_ParseTuple(args, AVERAGES_FORMAT "KiKLKi", &in.counts, &in.sums, &in.codes, &in.books,
+                        &in.K, &in.D, &in.decay, &in.eps, &in.unit, &x, &x_dtype, &indices, &N,
+                        &counts, &num_threads)) {
+    return nullptr;
+  }
+  return guarded([&]() -> PyObject* {
+    const fastvq::MovingAverages averages = in.checked(num_threads);
+    check_dtype(x_dtype);
+    check_sizes(N >= 0);
+    check(in.codes != 0, "_fastvq_C: ema_step_of_rows needs codes.");
+    const fastvq::RowPasses& passes = passes_in_use();
+    {
+      const WithoutPythonLock unlocked;
+      fastvq::ema_step_of_rows(passes, averages, address<const void*>(x), x_dtype,
+                               address<const int64_t*>(indices), N, address<float*>(counts),
+                               num_threads);
+    }
+    Py_RETURN_NONE;
+  });
+}
+
 // Rows and codebooks as the calls below take them: x, x_dtype, codebook, codebook_dtype, books,
 // rows_per_book, K, D.
 #define CODED_ROWS_FORMAT "KiKiLLLL"
@@ -259,6 +329,23 @@ PyObject* vector_quantize_backward_codebook(PyObject*, PyObject* args) {
   });
 }
 
+PyObject* counted_mean(PyObject*, PyObject* args) {
+  unsigned long long losses, indices, mean, divisor;
+  long long N, D;
+  if (!PyArg_ParseTuple(args, "KKLLKK", &losses, &indices, &N, &D, &mean, &divisor)) {
+    return nullptr;
+  }
+  return guarded([&]() -> PyObject* {
+    check_sizes(N >= 0 && D >= 1);
+    {
+      const WithoutPythonLock unlocked;
+      fastvq::counted_mean(address<const float*>(losses), address<const int64_t*>(indices), N, D,
+                           address<float*>(mean), address<float*>(divisor));
+    }
+    Py_RETURN_NONE;
+  });
+}
+
 PyObject* residual_quantize(PyObject*, PyObject* args) {
   CodedRowsArguments in;
   unsigned long long quantized, indices;
@@ -347,6 +434,14 @@ PyMethodDef methods[] = {
      "code_statistics(x, x_dtype, indices, counts, sums, books, N, K, D, num_threads)\n\n"
      "Writes the number of rows per code into counts (float32, (books, K)) and their sums into\n"
      "sums (float32, (books, K, D)); x is (books, N, D). See kernels/cpu/code_statistics.h."},
+    {"ema_step", ema_step, METH_VARARGS,
+     "ema_step(counts, sums, codes, books, K, D, decay, eps, unit, batch_counts, batch_sums,\n"
+     "num_threads)\n\n"
+     "codes may be 0. See kernels/cpu/ema_step.h."},
+    {"ema_step_of_rows", ema_step_of_rows, METH_VARARGS,
+     "ema_step_of_rows(counts, sums, codes, books, K, D, decay, eps, unit, x, x_dtype, indices,\n"
+     "N, batch_counts, num_threads)\n\n"
+     "See kernels/cpu/ema_step.h."},
     {"vector_quantize", vector_quantize, METH_VARARGS,
      "vector_quantize(x, x_dtype, codebook, codebook_dtype, books, rows_per_book, K, D, mask,\n"
      "mask_rows, metric, quantized, indices, distance, num_threads)\n\n"
@@ -360,6 +455,9 @@ PyMethodDef methods[] = {
      "vector_quantize_backward_codebook(x, x_dtype, codebook, codebook_dtype, books,\n"
      "rows_per_book, K, D, indices, grad_distance, stride, grad_codebook, num_threads)\n\n"
      "grad_codebook is float32. See kernels/cpu/vector_quantize.h."},
+    {"counted_mean", counted_mean, METH_VARARGS,
+     "counted_mean(losses, indices, N, D, mean, divisor)\n\n"
+     "See kernels/cpu/counted_mean.h."},
     {"residual_quantize", residual_quantize, METH_VARARGS,
      "residual_quantize(x, x_dtype, codebooks, codebook_dtype, Q, N, K, D, quantized, indices,\n"
      "num_threads)\n\n"
