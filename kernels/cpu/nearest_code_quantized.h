@@ -14,7 +14,8 @@
 //
 //   ŷ = round(y/a), y = x - center (dot: x)       ρy = |y - aŷ|, measured
 //   ê_k = round(e_k/b)                            ρe = max |e_k - bê_k| over the chunk, measured
-//   n_k = round(o_k/(ab)), o_k = -|e_k|²/2 (L2) or 0 (dot)
+//   n_k = round((o_k - o*)/(ab)), o_k = -|e_k|²/2 (L2) or 0 (dot), o* the chunk's greatest: codes
+//         of nearly one length are told apart by what tells them apart, not by rounded lengths
 //   S_k = n_k + Σ ŷ_d ê_kd, exact: |Σ| ≤ 2^29 (by the largest values for 8 bits, by
 //         Cauchy-Schwarz for 16) and n_k ≥ -2^30
 //
@@ -23,11 +24,12 @@
 //   y·e = (aŷ + r_y)·(bê + r_e), so |y·e - ab ŷ·ê| ≤ ρy·C + (|y| + ρy)·ρe;
 //   y and e_k themselves are rounded to float: u·|y| and u·C join ρy and ρe (and √D·2^-149, where
 //     the scaling by 2^p lost bits);
-//   o_k is a float sum of D squares, then two factors and a product: (D+12)·u·C²/2 + D·2^-126;
-//     n_k: ab/2.
-//   E = their sum; |ab·S_k - s_k| ≤ E.
-// With F from nearest_code_search.h (c), L = max over chunks of (ab·max S - E - F) is a lower bound
-// of the winner's s, so only codes with S_k ≥ (L - E)/(ab) can win.
+//   o_k is a float64 sum of D squares: (D+4)·2^-53·C²/2; o_k - o* becomes a float and meets two
+//     more roundings: 3u·max|o_k - o*|, + 2^-50·C² for underflow there and for float64's roundings
+//     below; n_k: ab/2.
+//   E = their sum; |ab·S_k + o* - s_k| ≤ E.
+// With F from nearest_code_search.h (c), L = max over chunks of (ab·max S + o* - E - F) is a lower
+// bound of the winner's s, so only codes with S_k ≥ (L - E - o*)/(ab) can win.
 // n_k is clamped at -2^30: such a code's S_k is too large, never too small, so it may only not
 // serve for L: chunks whose greatest S lies below -2^29 do not.
 #pragma once
@@ -201,7 +203,8 @@ struct Quantized : QuantizedCodes<Engine> {
       }
     }
     order_rows(b, count);
-    const double floor = fmax(q.chunks[0].longest * 0x1p-14, 0x1p-100);
+    // So small a scale would put more of n_k than the winner's neighbours below -2^30.
+    const double floor = fmax(q.chunks[0].longest * (kBytes ? 0x1p-36 : 0x1p-30), 0x1p-100);
     const int64_t row_elements = b.row_words * kPerWord;
     for (int64_t first = 0; first < count; first += kTileRows) {
       const int64_t end = first + kTileRows < count ? first + kTileRows : count;
@@ -249,9 +252,12 @@ struct Quantized : QuantizedCodes<Engine> {
                           int64_t count, Block& b) {
     const bool l2 = p.metric == kL2;
     const double D = static_cast<double>(p.D), C = chunk.longest;
-    const double of_norms = l2 ? 1.01 * (D + 12) * 0x1p-24 * C * C / 2 + D * 0x1p-126 : 0.0;
+    const double of_norms = l2 ? 3.01 * 0x1p-24 * chunk.spread + D * 0x1p-126 +
+                                     (1.01 * (D + 4) * 0x1p-54 + 0x1p-50) * C * C
+                               : 0.0;
     const double delta = 1.01 * (D + 4) * 0x1p-53, reach = q.longest + q.center_norm;
-    const Doubles longest = Doubles::broadcast(C), safety = Doubles::broadcast(1.0001);
+    const Doubles base = Doubles::broadcast(chunk.base), longest = Doubles::broadcast(C),
+                  safety = Doubles::broadcast(1.0001);
     for (int64_t i = 0; i < count; i += Doubles::kLanes) {
       const Doubles y = Doubles::load(b.norm + i), rho = Doubles::load(b.residual + i);
       const Doubles unit =
@@ -267,11 +273,11 @@ struct Quantized : QuantizedCodes<Engine> {
       const __m256i greatest = _mm256_sub_epi32(
           _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b.greatest + i)), sum);
       const __mmask8 counts = _mm256_cmpge_epi32_mask(greatest, _mm256_set1_epi32(-(1 << 29)));
-      Doubles below = Doubles::mul(unit, {_mm512_cvtepi32_pd(greatest)});
+      Doubles below = Doubles::fma(unit, {_mm512_cvtepi32_pd(greatest)}, base);
       below = Doubles::sub(Doubles::sub(below, slack), canonical);
       const __m512d lower = _mm512_loadu_pd(b.lower + i);
       const Doubles raised = {_mm512_mask_max_pd(lower, counts, lower, below.v)};
-      __m512d least = _mm512_div_pd(Doubles::sub(raised, slack).v, unit.v);
+      __m512d least = _mm512_div_pd(Doubles::sub(Doubles::sub(raised, slack), base).v, unit.v);
       least = _mm512_sub_pd(_mm512_floor_pd(least), _mm512_set1_pd(1.0));
       least = _mm512_add_pd(least, _mm512_cvtepi32_pd(sum));
       least = _mm512_max_pd(_mm512_min_pd(least, _mm512_set1_pd(2147483647.0)),
@@ -319,7 +325,7 @@ struct Quantized : QuantizedCodes<Engine> {
         }
         // One unit on top: the threshold is rounded.
         const double s = b.unit[i] * (static_cast<double>(slot[lane]) - b.sum[i] + 1);
-        entries[b.count[i]++] = {s + 1.0001 * b.slack[i],
+        entries[b.count[i]++] = {s + chunk.base + 1.0001 * b.slack[i],
                                  (chunk.first_panel + panel) * kPanel + lane};
       }
     }

@@ -39,6 +39,7 @@ struct QuantizedCodes {
   struct Chunk {
     int64_t first_panel, num_panels;
     double scale, residual, longest;  // b, ρe, C
+    double base, spread;              // o*, the greatest o_k; how far below it the least lies
   };
 
   struct Packed {
@@ -47,7 +48,7 @@ struct QuantizedCodes {
     double longest, center_norm;  // greatest |e_k|; |center|, both times 2^exponent
     float* center;
     int32_t* order;  // position -> kept code; -1 for the last panel's spare ones
-    float* starts;   // o_k/b²
+    float* starts;   // (o_k - o*)/b²
     Chunk* chunks;
     char* panels;  // per panel and word, 64 codes' words
   };
@@ -171,6 +172,24 @@ struct QuantizedCodes {
     return panel;
   }
 
+  // o_k of the scaled codes.
+  static double offset_of(const NearestCodeProblem& p, const Packed& q, int64_t k) {
+    return ldexp(p.offsets[k], 2 * q.exponent);
+  }
+
+  static void set_base(const NearestCodeProblem& p, const Packed& q, Chunk& chunk) {
+    const int64_t first = chunk.first_panel * kPanel;
+    const int64_t end = (chunk.first_panel + chunk.num_panels) * kPanel;
+    double greatest = -static_cast<double>(INFINITY), least = static_cast<double>(INFINITY);
+    for (int64_t at = first; at < end && q.order[at] >= 0; ++at) {
+      const double offset = offset_of(p, q, q.order[at]);
+      greatest = fmax(greatest, offset);
+      least = fmin(least, offset);
+    }
+    chunk.base = greatest;
+    chunk.spread = greatest - least;
+  }
+
   static void pack_chunk(const NearestCodeProblem& p, Packed& q, Chunk& chunk, const float* squares,
                          const float* largest, float* row, Element* quantised) {
     const int64_t width = padded_width(p.D), first = chunk.first_panel * kPanel;
@@ -183,7 +202,8 @@ struct QuantizedCodes {
     chunk.longest = length_of(length, p.D);
     float scale = kBytes ? most / kLargest : static_cast<float>(chunk.longest) / kLargest;
     if (!(scale > 0x1p-110f)) scale = 0x1p-110f;
-    const float inverse = 1.0f / scale;
+    set_base(p, q, chunk);
+    const double inverse = 1.0 / static_cast<double>(scale);
     float residual = 0.0f;
     for (int64_t at = first; at < end; ++at) {
       const int64_t k = q.order[at];
@@ -201,9 +221,9 @@ struct QuantizedCodes {
         if (kBytes) word ^= 0x80808080u;  // 128 added to each
         memcpy(out + w * kPanel * 4, &word, sizeof word);
       }
-      q.starts[at] = k < 0             ? -INFINITY
-                     : p.metric == kL2 ? -0.5f * (squares[k] * inverse) * inverse
-                                       : 0.0f;
+      q.starts[at] =
+          k < 0 ? -INFINITY
+                : static_cast<float>((offset_of(p, q, k) - chunk.base) * inverse * inverse);
     }
     chunk.scale = static_cast<double>(scale);
     chunk.residual = length_of(residual, p.D) + 0x1.02p-24 * chunk.longest + 0x1p-140;
@@ -238,7 +258,7 @@ struct QuantizedCodes {
     for (int64_t panel = 0; panel < q.num_panels;) {
       Chunk& chunk = q.chunks[q.num_chunks++];
       const int64_t end = chunk_end(q, squares, p.num_codes, panel);
-      chunk = {panel, end - panel, 0.0, 0.0, 0.0};
+      chunk = {panel, end - panel, 0.0, 0.0, 0.0, 0.0, 0.0};
       pack_chunk(p, q, chunk, squares, largest, row, quantised);
       panel = end;
     }
