@@ -136,7 +136,7 @@ def test_each_search_on_tight_clusters_among_spread_codes(search: int, metric: s
     # By distance from the first cluster: itself, the second, the third, then the spread codes.
     x, codes, at = normal(200, 31), normal(2000, 31, seed=1), torch.arange(2000)
     one = codes[:1]
-    near = torch.where((at % 10 < 2)[:, None], 3 * one, one)
+    near = torch.where((at % 10 < 2)[:, None], 3 * one, one + 0.01 * codes)
     near = torch.where((at % 10 == 2)[:, None], 40 - one, near) + 1e-6 * codes
     codebook = torch.where((at % 10 == 3)[:, None], 1000 * codes, near)
     x[::3] += 3 * one
