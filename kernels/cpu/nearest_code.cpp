@@ -234,8 +234,10 @@ class Step {
       search_.pack(problem, panels_.get());
     }
     const int64_t blocks = (count + kBlockRows - 1) / kBlockRows;
-    const int workers = static_cast<int>(
-        std::min<int64_t>(useful_threads(num_threads, pass_ * static_cast<double>(count)), blocks));
+    // In cycles a second thread pays from some 2^18: a search waits for its slower half.
+    const double operations = 4 * pass_ * static_cast<double>(count);
+    const int workers =
+        static_cast<int>(std::min<int64_t>(useful_threads(num_threads, operations), blocks));
     const size_t scratch_bytes = aligned(search_.scratch_bytes(problem));
     const Memory scratch = allocate(scratch_bytes * static_cast<size_t>(workers));
     std::atomic<int64_t> next{0}, places{0};

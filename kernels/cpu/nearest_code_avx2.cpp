@@ -58,6 +58,12 @@ struct Doubles {
   static uint32_t at_least(Doubles a, Doubles b) {
     return static_cast<uint32_t>(_mm256_movemask_pd(_mm256_cmp_pd(a.v, b.v, _CMP_GE_OQ)));
   }
+  // Where value is less than least, it and its place take over.
+  static void keep_less(Doubles value, Doubles its, Doubles& least, Doubles& place) {
+    const __m256d less = _mm256_cmp_pd(value.v, least.v, _CMP_LT_OQ);
+    least.v = _mm256_blendv_pd(least.v, value.v, less);
+    place.v = _mm256_blendv_pd(place.v, its.v, less);
+  }
   void store(double* p) const { _mm256_storeu_pd(p, v); }
   double reduce_max() const {
     const __m128d m = _mm_max_pd(_mm256_castpd256_pd128(v), _mm256_extractf128_pd(v, 1));

@@ -33,6 +33,11 @@ struct Vector {
     for (int i = 0; i < kWidth; ++i) lanes |= (a.v[i] >= b.v[i] ? 1u : 0u) << i;
     return lanes;
   }
+  // Where value is less than least, it and its place take over.
+  static void keep_less(Vector value, Vector its, Vector& least, Vector& place) {
+    place.v = value.v < least.v ? its.v : place.v;
+    least.v = value.v < least.v ? value.v : least.v;
+  }
   void store(Number* p) const { __builtin_memcpy(p, &v, sizeof v); }
   Number reduce_max() const {
     Number best = v[0];

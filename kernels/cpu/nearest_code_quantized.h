@@ -14,7 +14,8 @@
 //
 //   ŷ = round(y/a), y = x - center (dot: x)       ρy = |y - aŷ|, measured
 //   ê_k = round(e_k/b)                            ρe = max |e_k - bê_k| over the chunk, measured
-//   n_k = round(o_k/(ab)), o_k = -|e_k|²/2 (L2) or 0 (dot)
+//   n_k = round((o_k - o*)/(ab)), o_k = -|e_k|²/2 (L2) or 0 (dot), o* the chunk's greatest: codes
+//         of nearly one length are told apart by what tells them apart, not by rounded lengths
 //   S_k = n_k + Σ ŷ_d ê_kd, exact: |Σ| ≤ 2^29 (by the largest values for 8 bits, by
 //         Cauchy-Schwarz for 16) and n_k ≥ -2^30
 //
@@ -23,11 +24,15 @@
 //   y·e = (aŷ + r_y)·(bê + r_e), so |y·e - ab ŷ·ê| ≤ ρy·C + (|y| + ρy)·ρe;
 //   y and e_k themselves are rounded to float: u·|y| and u·C join ρy and ρe (and √D·2^-149, where
 //     the scaling by 2^p lost bits);
-//   o_k is a float sum of D squares, then two factors and a product: (D+12)·u·C²/2 + D·2^-126;
-//     n_k: ab/2.
-//   E = their sum; |ab·S_k - s_k| ≤ E.
-// With F from nearest_code_search.h (c), L = max over chunks of (ab·max S - E - F) is a lower bound
-// of the winner's s, so only codes with S_k ≥ (L - E)/(ab) can win.
+//   o_k is a float64 sum of D squares: (D+4)·2^-53·C²/2; o_k - o* becomes a float and meets two
+//     more roundings: 3u·max|o_k - o*|, + 2^-50·C² for underflow there and for float64's roundings
+//     below; n_k: ab/2.
+//   E = their sum; |ab·S_k + o* - s_k| ≤ E.
+// A chunk with a center of its own, Δ away from the common one, counts y and e from there. Its s is
+// s_k + y·Δ - |Δ|²/2, y from the common center, the last two in float64:
+//   E grows by 1.01·(D+16)·2^-53·(|y| + 2|Δ|)·|Δ|, roundings of the sums below included.
+// With F from nearest_code_search.h (c), L = max over chunks of (ab·max S + o* - E - F) is a lower
+// bound of the winner's s, so only codes with S_k ≥ (L - E - o*)/(ab) can win.
 // n_k is clamped at -2^30: such a code's S_k is too large, never too small, so it may only not
 // serve for L: chunks whose greatest S lies below -2^29 do not.
 #pragma once
@@ -95,7 +100,8 @@ struct Quantized : QuantizedCodes<Engine> {
     float* scores;   // kMaxCandidates
     int64_t slot_stride, row_words, limit;
     // In the order of size:
-    int64_t source[kTileBlock];  // place in the block; then row of x
+    int64_t place[kTileBlock], source[kTileBlock];  // in the block, and of x
+    double shift[kTileBlock];                       // y·Δ - |Δ|²/2
     double norm[kTileBlock], residual[kTileBlock], scale[kTileBlock], lower[kTileBlock];
     double slack[kTileBlock], unit[kTileBlock];  // E and ab for the chunk at hand
     int32_t sum[kTileBlock];                     // what S has on top: 128 Σ ŷ_d for 8 bits
@@ -104,6 +110,9 @@ struct Quantized : QuantizedCodes<Engine> {
     float factors[kTileBlock];  // b/a, per tile
     Size sizes[kTileBlock];
     int64_t kept[kTileBlock];
+    // In the order of reading, while the order of size changes with the center:
+    double old_lower[kTileBlock];
+    int32_t old_count[kTileBlock];
   };
   static constexpr int32_t kTooMany = -1, kBroken = -2;
 
@@ -159,7 +168,7 @@ struct Quantized : QuantizedCodes<Engine> {
         const __mmask16 less = _mm512_cmplt_epi32_mask(_mm512_loadu_si512(keys + j), own);
         smaller += __builtin_popcount(less);
       }
-      b.source[smaller] = i;
+      b.place[smaller] = i;
     }
   }
 
@@ -183,16 +192,33 @@ struct Quantized : QuantizedCodes<Engine> {
     }
   }
 
-  static void load_rows(const NearestCodeProblem& p, const Packed& q, const int64_t* rows,
-                        int64_t first_row, int64_t count, Block& b) {
+  // Row i's y·Δ - |Δ|²/2 for the center at hand, from b.raw.
+  static double shift_of(const Packed& q, const float* raw, const float* center, int64_t width) {
+    const __m512d power = _mm512_set1_pd(q.exponent);
+    Doubles sum = Doubles::broadcast(0.0);
+    for (int64_t d = 0; d < width; d += Doubles::kLanes) {
+      const Doubles value = {_mm512_scalef_pd(Doubles::load_floats(raw + d).v, power)};
+      const Doubles common = Doubles::load_floats(q.center + d);
+      const Doubles move = Doubles::sub(Doubles::load_floats(center + d), common);
+      const Doubles half = Doubles::mul(move, Doubles::broadcast(0.5));
+      sum = Doubles::fma(Doubles::sub(Doubles::sub(value, common), half), move, sum);
+    }
+    return sum.reduce_add();
+  }
+
+  // Rounds the rows as the chunk wants them; what is known of them stays theirs.
+  static void load_rows(const NearestCodeProblem& p, const Packed& q, const Chunk& chunk,
+                        const int64_t* rows, int64_t first_row, int64_t count, Block& b) {
     const int64_t width = padded_width(p.D);
     const float exponent = static_cast<float>(q.exponent);
     static const float kZeros[kMaxWidth] = {};
-    const float* center = p.metric == kL2 ? q.center : kZeros;
+    const float* center = p.metric == kL2 ? chunk.center : kZeros;
+    double shifts[kTileBlock];
     for (int64_t i = 0; i < count; ++i) {
       load_row(p, rows ? rows[i] : first_row + i, b.raw);
       float* value = b.values + i * width;
       b.sizes[i] = center_row(b.raw, center, exponent, width, value);
+      shifts[i] = chunk.moved > 0 ? shift_of(q, b.raw, center, width) : 0.0;
       b.kept[i] = 0;
       if (!(b.sizes[i].squares < 0x1p120f)) {
         b.kept[i] = all_finite(b.raw, p.D) ? kTooMany : kBroken;
@@ -201,19 +227,20 @@ struct Quantized : QuantizedCodes<Engine> {
       }
     }
     order_rows(b, count);
-    const double floor = fmax(q.chunks[0].longest * 0x1p-14, 0x1p-100);
+    // So small a scale would put more of n_k than the winner's neighbours below -2^30.
+    const double floor = fmax(chunk.longest * (kBytes ? 0x1p-36 : 0x1p-30), 0x1p-100);
     const int64_t row_elements = b.row_words * kPerWord;
     for (int64_t first = 0; first < count; first += kTileRows) {
       const int64_t end = first + kTileRows < count ? first + kTileRows : count;
       double size = 0.0;
       for (int64_t i = first; i < end; ++i) {
-        const Size& of = b.sizes[b.source[i]];
-        if (b.kept[b.source[i]] != 0) continue;
+        const Size& of = b.sizes[b.place[i]];
+        if (b.kept[b.place[i]] != 0) continue;
         size = fmax(size, kBytes ? static_cast<double>(of.largest) : length_of(of.squares, p.D));
       }
       const float scale = static_cast<float>(fmax(size / static_cast<double>(kLargest), floor));
       for (int64_t i = first; i < end; ++i) {
-        const int64_t from = b.source[i];
+        const int64_t from = b.place[i];
         Element* out = b.rows + i * row_elements;
         const float squares = quantise_row(b.values + from * width, scale, width, out, &b.sum[i]);
         for (int64_t d = width; d < row_elements; ++d) out[d] = 0;
@@ -221,14 +248,24 @@ struct Quantized : QuantizedCodes<Engine> {
         b.scale[i] = static_cast<double>(scale);
         b.norm[i] = length_of(b.sizes[from].squares, p.D);
         b.residual[i] = length_of(squares, p.D) + 0x1.02p-24 * b.norm[i] + 0x1p-140;
-        b.lower[i] = -static_cast<double>(INFINITY);
-        b.count[i] = static_cast<int32_t>(b.kept[from]);
+        b.shift[i] = shifts[from];
+        b.lower[i] = b.old_lower[from];
+        const bool lost = b.old_count[from] >= 0 && b.kept[from] != 0;
+        b.count[i] = lost ? static_cast<int32_t>(b.kept[from]) : b.old_count[from];
         b.source[i] = rows ? rows[from] : first_row + from;
       }
     }
     const int64_t tiles_end = (count + kTileRows - 1) / kTileRows * kTileRows;
     memset(b.rows + count * row_elements, 0,
            static_cast<size_t>((tiles_end - count) * row_elements) * sizeof(Element));
+  }
+
+  // What is known of the rows, back to the order of reading.
+  static void put_back(int64_t count, Block& b) {
+    for (int64_t i = 0; i < count; ++i) {
+      b.old_lower[b.place[i]] = b.lower[i];
+      b.old_count[b.place[i]] = b.count[i];
+    }
   }
 
   static void score_chunk(const Packed& q, const Chunk& chunk, int64_t count, Block& b) {
@@ -249,7 +286,10 @@ struct Quantized : QuantizedCodes<Engine> {
                           int64_t count, Block& b) {
     const bool l2 = p.metric == kL2;
     const double D = static_cast<double>(p.D), C = chunk.longest;
-    const double of_norms = l2 ? 1.01 * (D + 12) * 0x1p-24 * C * C / 2 + D * 0x1p-126 : 0.0;
+    const double of_norms = l2 ? 3.01 * 0x1p-24 * chunk.spread + D * 0x1p-126 +
+                                     (1.01 * (D + 4) * 0x1p-54 + 0x1p-50) * C * C
+                               : 0.0;
+    const double of_move = 1.01 * (D + 16) * 0x1p-53 * chunk.moved;
     const double delta = 1.01 * (D + 4) * 0x1p-53, reach = q.longest + q.center_norm;
     const Doubles longest = Doubles::broadcast(C), safety = Doubles::broadcast(1.0001);
     for (int64_t i = 0; i < count; i += Doubles::kLanes) {
@@ -259,19 +299,22 @@ struct Quantized : QuantizedCodes<Engine> {
       Doubles slack = Doubles::fma(unit, Doubles::broadcast(0.501), Doubles::broadcast(of_norms));
       slack = Doubles::fma(rho, longest, slack);
       slack = Doubles::fma(Doubles::add(y, rho), Doubles::broadcast(chunk.residual), slack);
+      const Doubles way = Doubles::add(y, Doubles::broadcast(3 * chunk.moved));
+      slack = Doubles::fma(way, Doubles::broadcast(of_move), slack);
       slack = Doubles::mul(slack, safety);
       const Doubles far = Doubles::add(y, longest);
       const Doubles canonical = l2 ? Doubles::mul(Doubles::mul(far, far), Doubles::broadcast(delta))
                                    : Doubles::mul(y, Doubles::broadcast(2 * delta * reach));
+      const Doubles base = Doubles::add(Doubles::load(b.shift + i), Doubles::broadcast(chunk.base));
       const __m256i sum = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b.sum + i));
       const __m256i greatest = _mm256_sub_epi32(
           _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b.greatest + i)), sum);
       const __mmask8 counts = _mm256_cmpge_epi32_mask(greatest, _mm256_set1_epi32(-(1 << 29)));
-      Doubles below = Doubles::mul(unit, {_mm512_cvtepi32_pd(greatest)});
+      Doubles below = Doubles::fma(unit, {_mm512_cvtepi32_pd(greatest)}, base);
       below = Doubles::sub(Doubles::sub(below, slack), canonical);
       const __m512d lower = _mm512_loadu_pd(b.lower + i);
       const Doubles raised = {_mm512_mask_max_pd(lower, counts, lower, below.v)};
-      __m512d least = _mm512_div_pd(Doubles::sub(raised, slack).v, unit.v);
+      __m512d least = _mm512_div_pd(Doubles::sub(Doubles::sub(raised, slack), base).v, unit.v);
       least = _mm512_sub_pd(_mm512_floor_pd(least), _mm512_set1_pd(1.0));
       least = _mm512_add_pd(least, _mm512_cvtepi32_pd(sum));
       least = _mm512_max_pd(_mm512_min_pd(least, _mm512_set1_pd(2147483647.0)),
@@ -296,7 +339,7 @@ struct Quantized : QuantizedCodes<Engine> {
 
   static void collect_row(const Chunk& chunk, int64_t i, Block& b) {
     const int32_t* slots = b.slots + i * b.slot_stride;
-    Entry* entries = b.entries + i * kMaxEntries;
+    Entry* entries = b.entries + b.place[i] * kMaxEntries;
     const __m512i least = _mm512_set1_epi32(b.threshold[i]);
     // First the panels, without a branch for each: which one it is cannot be predicted.
     uint32_t panels = 0;
@@ -319,7 +362,7 @@ struct Quantized : QuantizedCodes<Engine> {
         }
         // One unit on top: the threshold is rounded.
         const double s = b.unit[i] * (static_cast<double>(slot[lane]) - b.sum[i] + 1);
-        entries[b.count[i]++] = {s + 1.0001 * b.slack[i],
+        entries[b.count[i]++] = {s + (b.shift[i] + chunk.base) + 1.0001 * b.slack[i],
                                  (chunk.first_panel + panel) * kPanel + lane};
       }
     }
@@ -352,7 +395,7 @@ struct Quantized : QuantizedCodes<Engine> {
 
   // The winner of row i, or kHardRow.
   static int64_t settle(const NearestCodeProblem& p, const Packed& q, int64_t i, Block& b) {
-    Entry* entries = b.entries + i * kMaxEntries;
+    Entry* entries = b.entries + b.place[i] * kMaxEntries;
     const int32_t left = drop_entries(entries, b.count[i], b.lower[i]);
     int64_t found[kMaxCandidates];
     int64_t count = 0;
@@ -378,9 +421,16 @@ struct Quantized : QuantizedCodes<Engine> {
     Carver carver{static_cast<char*>(scratch), 0};
     Block& b = *carve_block(p, carver);
     b.limit = entry_limit(p);
-    load_rows(p, q, rows, first_row, count, b);
+    for (int64_t i = 0; i < count; ++i) {
+      b.old_lower[i] = -static_cast<double>(INFINITY);
+      b.old_count[i] = 0;
+    }
     Engine::begin(q.words);
     for (int64_t c = 0; c < q.num_chunks; ++c) {
+      if (c == 0 || q.chunks[c].center != q.chunks[c - 1].center) {
+        if (c > 0) put_back(count, b);
+        load_rows(p, q, q.chunks[c], rows, first_row, count, b);
+      }
       score_chunk(q, q.chunks[c], count, b);
       collect_chunk(p, q, q.chunks[c], count, b);
     }

@@ -39,6 +39,9 @@ struct QuantizedCodes {
   struct Chunk {
     int64_t first_panel, num_panels;
     double scale, residual, longest;  // b, ρe, C
+    double base, spread;              // o*, the greatest o_k; how far below it the least lies
+    const float* center;              // what its codes and the rows are taken from
+    double moved;                     // |its center - the common one|, 0 for the common one
   };
 
   struct Packed {
@@ -46,8 +49,9 @@ struct QuantizedCodes {
     int32_t exponent;
     double longest, center_norm;  // greatest |e_k|; |center|, both times 2^exponent
     float* center;
-    int32_t* order;  // position -> kept code; -1 for the last panel's spare ones
-    float* starts;   // o_k/b²
+    int32_t* order;      // position -> kept code; -1 for the last panel's spare ones
+    float* own_centers;  // of chunks that have one, padded_width(D) per chunk
+    float* starts;       // (o_k - o*)/b²
     Chunk* chunks;
     char* panels;  // per panel and word, 64 codes' words
   };
@@ -65,18 +69,20 @@ struct QuantizedCodes {
     Packed* packed = memory.take<Packed>(1);
     float* center = memory.take<float>(padded_width(p.D));
     int32_t* order = memory.take<int32_t>(panels * kPanel);
+    float* own_centers = memory.take<float>(panels * padded_width(p.D));
     float* starts = memory.take<float>(panels * kPanel);
     Chunk* chunks = memory.take<Chunk>(panels);
     char* codes = memory.take<char>(panels * words * kPanel * 4);
     if (packed == nullptr) return nullptr;
-    *packed = {0, panels, words, 0, 0.0, 0.0, center, order, starts, chunks, codes};
+    *packed = {0, panels, words, 0, 0.0, 0.0, center, order, own_centers, starts, chunks, codes};
     return packed;
   }
 
   static size_t panel_bytes(const NearestCodeProblem& p) {
     Carver memory{nullptr, 0};
     carve(p, memory);
-    memory.take<float>(2 * p.num_codes);
+    memory.take<Measure>(p.num_codes);
+    memory.take<float>(p.num_codes);
     return memory.used;
   }
 
@@ -155,6 +161,7 @@ struct QuantizedCodes {
     }
   }
 
+  // A panel of lengths that differ more than 8 times stands alone: its short codes lie elsewhere.
   // Panels that join the chunk that begins at `first`: while it is small, whatever their length up
   // to 8 times; then up to twice.
   static int64_t chunk_end(const Packed& q, const float* squares, int64_t count, int64_t first) {
@@ -164,6 +171,7 @@ struct QuantizedCodes {
     };
     const float base = last_of(first);
     int64_t panel = first + 1;
+    if (squares[q.order[first * kPanel]] < base / 64) return panel;
     for (; panel < q.num_panels && panel - first < kMaxChunkPanels; ++panel) {
       const float limit = panel - first < 8 ? 64 * base : 4 * base;
       if (last_of(panel) > limit) break;
@@ -171,26 +179,92 @@ struct QuantizedCodes {
     return panel;
   }
 
-  static void pack_chunk(const NearestCodeProblem& p, Packed& q, Chunk& chunk, const float* squares,
-                         const float* largest, float* row, Element* quantised) {
+  // What is known of a code: o_k in float64, squares and largest element of e_k.
+  struct Measure {
+    double offset;
+    float squares, largest;
+  };
+
+  // A chunk of codes near each other but far from the common center gets one of them as its own
+  // center, which keeps its bounds as narrow as its codes are close.
+  static void choose_center_of(const NearestCodeProblem& p, const Packed& q, Chunk& chunk,
+                               Measure* measures, float* row) {
+    chunk.center = q.center;
+    chunk.moved = 0.0;
+    if (p.metric != kL2) return;
+    const int64_t width = padded_width(p.D), first = chunk.first_panel * kPanel;
+    const int64_t panels_end = (chunk.first_panel + chunk.num_panels) * kPanel;
+    const int64_t end = panels_end < p.num_codes ? panels_end : p.num_codes;
+    const float exponent = static_cast<float>(q.exponent);
+    float* own = q.own_centers + chunk.first_panel * width;
+    const int32_t middle = q.order[(first + end) / 2];
+    for (int64_t d = 0; d < width; ++d) own[d] = ldexpf(p.codes[middle * width + d], q.exponent);
+    const float limit = measures[q.order[first]].squares / 16;
+    const auto far = [&](int64_t at) {
+      return !(center_row(p.codes + q.order[at] * width, own, exponent, width, row).squares <
+               limit);
+    };
+    if (far(end - 1)) return;
+    for (int64_t at = first; at < end; ++at) {
+      if (far(at)) return;
+    }
+    for (int64_t at = first; at < end; ++at) {
+      const int32_t k = q.order[at];
+      const Size size = center_row(p.codes + k * width, own, exponent, width, row);
+      const double squares = scaled_squares(p.codes + k * width, own, q.exponent, width);
+      measures[k] = {-squares / 2, size.squares, size.largest};
+    }
+    chunk.center = own;
+    chunk.moved = 1.0001 * sqrt(scaled_squares(q.center, own, 0, width));
+  }
+
+  // |row·2^p - center|² in float64.
+  static double scaled_squares(const float* row, const float* center, int exponent, int64_t width) {
+    const __m512d power = _mm512_set1_pd(exponent);
+    Doubles squares = Doubles::broadcast(0.0);
+    for (int64_t d = 0; d < width; d += Doubles::kLanes) {
+      const Doubles value = {_mm512_scalef_pd(Doubles::load_floats(row + d).v, power)};
+      const Doubles difference = Doubles::sub(value, Doubles::load_floats(center + d));
+      squares = Doubles::fma(difference, difference, squares);
+    }
+    return squares.reduce_add();
+  }
+
+  static void set_base(const Packed& q, Chunk& chunk, const Measure* measures) {
+    const int64_t first = chunk.first_panel * kPanel;
+    const int64_t end = (chunk.first_panel + chunk.num_panels) * kPanel;
+    double greatest = -static_cast<double>(INFINITY), least = static_cast<double>(INFINITY);
+    for (int64_t at = first; at < end && q.order[at] >= 0; ++at) {
+      const double offset = measures[q.order[at]].offset;
+      greatest = fmax(greatest, offset);
+      least = fmin(least, offset);
+    }
+    chunk.base = greatest;
+    chunk.spread = greatest - least;
+  }
+
+  static void pack_chunk(const NearestCodeProblem& p, Packed& q, Chunk& chunk, Measure* measures,
+                         float* row, Element* quantised) {
+    choose_center_of(p, q, chunk, measures, row);
     const int64_t width = padded_width(p.D), first = chunk.first_panel * kPanel;
     const int64_t end = (chunk.first_panel + chunk.num_panels) * kPanel;
     float length = 0.0f, most = 0.0f;
     for (int64_t at = first; at < end && q.order[at] >= 0; ++at) {
-      length = fmaxf(length, squares[q.order[at]]);
-      most = fmaxf(most, largest[q.order[at]]);
+      length = fmaxf(length, measures[q.order[at]].squares);
+      most = fmaxf(most, measures[q.order[at]].largest);
     }
     chunk.longest = length_of(length, p.D);
     float scale = kBytes ? most / kLargest : static_cast<float>(chunk.longest) / kLargest;
     if (!(scale > 0x1p-110f)) scale = 0x1p-110f;
-    const float inverse = 1.0f / scale;
+    set_base(q, chunk, measures);
+    const double inverse = 1.0 / static_cast<double>(scale);
     float residual = 0.0f;
     for (int64_t at = first; at < end; ++at) {
       const int64_t k = q.order[at];
       char* out = q.panels + at / kPanel * q.words * kPanel * 4 + at % kPanel * 4;
       int32_t total;
       if (k >= 0) {
-        center_row(p.codes + k * width, q.center, static_cast<float>(q.exponent), width, row);
+        center_row(p.codes + k * width, chunk.center, static_cast<float>(q.exponent), width, row);
         residual = fmaxf(residual, quantise_row(row, scale, width, quantised, &total));
       } else {
         memset(quantised, 0, static_cast<size_t>(width) * sizeof(Element));
@@ -201,9 +275,9 @@ struct QuantizedCodes {
         if (kBytes) word ^= 0x80808080u;  // 128 added to each
         memcpy(out + w * kPanel * 4, &word, sizeof word);
       }
-      q.starts[at] = k < 0             ? -INFINITY
-                     : p.metric == kL2 ? -0.5f * (squares[k] * inverse) * inverse
-                                       : 0.0f;
+      q.starts[at] =
+          k < 0 ? -INFINITY
+                : static_cast<float>((measures[k].offset - chunk.base) * inverse * inverse);
     }
     chunk.scale = static_cast<double>(scale);
     chunk.residual = length_of(residual, p.D) + 0x1.02p-24 * chunk.longest + 0x1p-140;
@@ -213,8 +287,8 @@ struct QuantizedCodes {
     const int64_t width = padded_width(p.D);
     Carver carver{static_cast<char*>(memory), 0};
     Packed& q = *carve(p, carver);
-    float* squares = carver.take<float>(2 * p.num_codes);
-    float* largest = squares + p.num_codes;
+    Measure* measures = carver.take<Measure>(p.num_codes);
+    float* squares = carver.take<float>(p.num_codes);
     q.exponent = choose_exponent(p);
     const float exponent = static_cast<float>(q.exponent);
     double center_squares = 0.0;
@@ -229,7 +303,7 @@ struct QuantizedCodes {
     for (int64_t k = 0; k < p.num_codes; ++k) {
       const Size size = center_row(p.codes + k * width, q.center, exponent, width, row);
       squares[k] = size.squares;
-      largest[k] = size.largest;
+      measures[k] = {ldexp(p.offsets[k], 2 * q.exponent), size.squares, size.largest};
       longest = fmaxf(longest, size.squares);
     }
     q.longest = length_of(longest, p.D);
@@ -238,8 +312,8 @@ struct QuantizedCodes {
     for (int64_t panel = 0; panel < q.num_panels;) {
       Chunk& chunk = q.chunks[q.num_chunks++];
       const int64_t end = chunk_end(q, squares, p.num_codes, panel);
-      chunk = {panel, end - panel, 0.0, 0.0, 0.0};
-      pack_chunk(p, q, chunk, squares, largest, row, quantised);
+      chunk = {panel, end - panel, 0.0, 0.0, 0.0, 0.0, 0.0, nullptr, 0.0};
+      pack_chunk(p, q, chunk, measures, row, quantised);
       panel = end;
     }
   }

@@ -14,7 +14,8 @@
 // 3. One candidate left: it is the answer. Several: each gets its canonical score, float64 in the
 //    order d = 0 … D-1; the best one wins. Too many, or a row outside the float bound's range: the
 //    float search marks the row kHardRow, the double search scores all codes of the groups in
-//    question canonically, one code per lane.
+//    question canonically, one code per lane; where the first rows of a block have most groups in
+//    question, it leaves out steps 1 and 2 for the others.
 //
 // Why the answer is always among the candidates. Write u = 2^-24 (float) or 2^-53 (double), C for
 // the greatest |e_k|, A = |y|C + C²/2 (L2) or |y|C (dot). With m the code of the greatest computed
@@ -59,7 +60,7 @@ constexpr int kMaxCandidates = 16;  // codes scored canonically one by one
 constexpr double kUnit32 = 0x1p-24, kUnit64 = 0x1p-53;
 
 // What a row is, once read.
-enum RowKind : int32_t { kOrdinary, kNotFinite, kOutOfRange };
+enum RowKind : int32_t { kOrdinary, kNotFinite, kOutOfRange, kUnscored };
 
 template <class Vec>
 struct Search {
@@ -110,7 +111,8 @@ struct Search {
         for (int64_t d = 0; d < p.D; ++d) {
           const float element = real ? p.codes[k * width + d] : p.center[d];
           out[(d + 1) * kPanel + j] = centered(element, p.center[d]);
-          if (!kIsFloat) canonical[d * kPanel + j] = static_cast<T>(element);
+          // NaN loses every comparison.
+          if (!kIsFloat) canonical[d * kPanel + j] = real ? static_cast<T>(element) : T(NAN);
         }
       }
       out += panel_stride(p.D);
@@ -223,14 +225,15 @@ struct Search {
     }
   }
 
-  static void score_block(const NearestCodeProblem& p, const T* panels, int64_t count,
-                          const Scratch& s) {
+  // Rows first … last-1 of the block; first is a multiple of kTileRows.
+  static void score_rows(const NearestCodeProblem& p, const T* panels, int64_t first, int64_t last,
+                         const Scratch& s) {
     const int64_t width = padded_width(p.D), per_group = panels_per_group(p);
     const int64_t stride = num_groups(p) * kLanes;
     for (int64_t panel = 0; panel < num_panels(p); ++panel) {
       T* maxima = s.maxima + panel / per_group * kLanes;
       const bool fresh = panel % per_group == 0;
-      for (int64_t i = 0; i < count; i += kTileRows) {
+      for (int64_t i = first; i < last; i += kTileRows) {
         score_tile(panels + panel * panel_stride(p.D), s.rows + i * width, width, p.D, fresh,
                    maxima + i * stride, stride);
       }
@@ -245,6 +248,13 @@ struct Search {
     if (!kIsFloat) return static_cast<T>(value);
     const float rounded = static_cast<float>(value);
     return static_cast<T>(rounded > value ? nextafterf(rounded, -INFINITY) : rounded);
+  }
+
+  static T threshold_of(const NearestCodeProblem& p, const T* maxima, double slack) {
+    const int64_t stride = num_groups(p) * kLanes;
+    Vec best = Vec::load(maxima);
+    for (int64_t g = kLanes; g < stride; g += kLanes) best = Vec::max(best, Vec::load(maxima + g));
+    return round_down(static_cast<double>(best.reduce_max()) - slack);
   }
 
   // y·e_k + o_k once more, along the row: another order of the same sum, within the same bound.
@@ -285,23 +295,46 @@ struct Search {
   // ---- step 3: canonical scores
   // ---
 
-  // Canonical scores of one panel, one code per lane: each lane adds in the order d = 0 … D-1.
-  static void canonical_panel(const T* codes, const float* row, int64_t D, int metric, T* scores) {
-    Vec sum[kVectors];
+  // Canonical scores of kTileRows rows and one panel, one code per lane: each lane adds in the
+  // order d = 0 … D-1. Per row and lane, best and at keep the least cost (L2: the score, dot: its
+  // negative) and the first code that has it.
+  template <int kMetric>
+  static void canonical_tile(const T* codes, const T* const* rows, int64_t D, int64_t first,
+                             T* const* best, T* const* at) {
+    Vec sum[kTileRows][kVectors];
 #pragma GCC unroll 16
-    for (int64_t v = 0; v < kVectors; ++v) sum[v] = Vec::broadcast(T(0));
+    for (int64_t r = 0; r < kTileRows; ++r) {
+#pragma GCC unroll 16
+      for (int64_t v = 0; v < kVectors; ++v) sum[r][v] = Vec::broadcast(T(0));
+    }
     for (int64_t d = 0; d < D; ++d) {
-      const Vec element = Vec::broadcast(static_cast<T>(row[d]));
+      Vec code[kVectors];
 #pragma GCC unroll 16
-      for (int64_t v = 0; v < kVectors; ++v) {
-        const Vec code = Vec::load(codes + d * kPanel + v * kLanes);
-        const Vec difference = Vec::sub(element, code);
-        const Vec term = metric == kL2 ? Vec::mul(difference, difference) : Vec::mul(element, code);
-        sum[v] = Vec::add(sum[v], term);
+      for (int64_t v = 0; v < kVectors; ++v) code[v] = Vec::load(codes + d * kPanel + v * kLanes);
+#pragma GCC unroll 16
+      for (int64_t r = 0; r < kTileRows; ++r) {
+        const Vec element = Vec::broadcast(rows[r][d]);
+#pragma GCC unroll 16
+        for (int64_t v = 0; v < kVectors; ++v) {
+          const Vec difference = Vec::sub(element, code[v]);
+          sum[r][v] = kMetric == kL2 ? Vec::add(sum[r][v], Vec::mul(difference, difference))
+                                     : Vec::sub(sum[r][v], Vec::mul(element, code[v]));
+        }
       }
     }
+    T lanes[kLanes];
+    for (int64_t l = 0; l < kLanes; ++l) lanes[l] = static_cast<T>(first + l);
 #pragma GCC unroll 16
-    for (int64_t v = 0; v < kVectors; ++v) sum[v].store(scores + v * kLanes);
+    for (int64_t r = 0; r < kTileRows; ++r) {
+      Vec least = Vec::load(best[r]), place = Vec::load(at[r]), here = Vec::load(lanes);
+#pragma GCC unroll 16
+      for (int64_t v = 0; v < kVectors; ++v) {
+        Vec::keep_less(sum[r][v], here, least, place);
+        here = Vec::add(here, Vec::broadcast(static_cast<T>(kLanes)));
+      }
+      least.store(best[r]);
+      place.store(at[r]);
+    }
   }
 
   // The canonical winners of the rows left as kHardRow, among all codes of the groups whose maximum
@@ -309,29 +342,70 @@ struct Search {
   static void settle_by_groups(const NearestCodeProblem& p, const T* panels, const int64_t* listed,
                                int64_t count, int64_t* kept, Scratch& s) {
     const int64_t group_codes = panels_per_group(p) * kPanel, stride = num_groups(p) * kLanes;
+    const int64_t width = padded_width(p.D);
     int64_t hard[kBlockRows], num_hard = 0;
-    double best[kBlockRows];
+    T best[kTileBlock * kLanes], at[kTileBlock * kLanes], spare[2 * kLanes];
     for (int64_t i = 0; i < count; ++i) {
-      if (kept[i] == kHardRow) hard[num_hard++] = i;
+      if (kept[i] != kHardRow) continue;
+      hard[num_hard++] = i;
+      read_row(p, listed[i], s.row);
+      for (int64_t d = 0; d < width; ++d) s.rows[i * width + d] = static_cast<T>(s.row[d]);
+      Vec::broadcast(static_cast<T>(INFINITY)).store(best + i * kLanes);
     }
-    T scores[kPanel];
+    Vec::broadcast(static_cast<T>(INFINITY)).store(spare);
     for (int64_t first = 0; num_hard > 0 && first < p.num_codes; first += kPanel) {
       const T* panel = panels + first / kPanel * panel_stride(p.D) + (p.D + 1) * kPanel;
-      for (int64_t h = 0; h < num_hard; ++h) {
-        const int64_t i = hard[h];
-        const T* maxima = s.maxima + i * stride + first / group_codes * kLanes;
-        if (!Vec::at_least(Vec::load(maxima), Vec::broadcast(s.thresholds[i]))) continue;
-        read_row(p, listed[i], s.row);
-        canonical_panel(panel, s.row, p.D, p.metric, scores);
-        for (int64_t k = first; k < first + kPanel && k < p.num_codes; ++k) {
-          const double score = static_cast<double>(scores[k - first]);
-          if (kept[i] < 0 || better(score, best[i], p.metric)) {
-            kept[i] = k;
-            best[i] = score;
+      const T* rows[kTileRows];
+      T *bests[kTileRows], *places[kTileRows];
+      int64_t waiting = 0;
+      for (int64_t h = 0; h < num_hard || waiting > 0; ++h) {
+        if (h < num_hard) {
+          const int64_t i = hard[h];
+          const T* maxima = s.maxima + i * stride + first / group_codes * kLanes;
+          if (s.kinds[i] != kUnscored &&
+              !Vec::at_least(Vec::load(maxima), Vec::broadcast(s.thresholds[i]))) {
+            continue;
           }
+          rows[waiting] = s.rows + i * width;
+          bests[waiting] = best + i * kLanes;
+          places[waiting++] = at + i * kLanes;
+          if (waiting < kTileRows) continue;
         }
+        for (; waiting < kTileRows; ++waiting) {
+          rows[waiting] = rows[0];
+          bests[waiting] = spare;
+          places[waiting] = spare + kLanes;
+        }
+        const auto tile = p.metric == kL2 ? canonical_tile<kL2> : canonical_tile<kDot>;
+        tile(panel, rows, p.D, first, bests, places);
+        waiting = 0;
       }
     }
+    for (int64_t h = 0; h < num_hard; ++h) {
+      const int64_t i = hard[h];
+      const T *costs = best + i * kLanes, *places = at + i * kLanes;
+      int64_t winner = 0;
+      for (int64_t l = 1; l < kLanes; ++l) {
+        const bool first = costs[l] == costs[winner] && places[l] < places[winner];
+        if (costs[l] < costs[winner] || first) winner = l;
+      }
+      kept[i] = static_cast<int64_t>(places[winner]);
+    }
+  }
+
+  // Whether most groups of the rows of the first tile come into question, so that their canonical
+  // scores alone would have been cheaper.
+  static bool most_in_question(const NearestCodeProblem& p, const Scratch& s) {
+    const int64_t stride = num_groups(p) * kLanes;
+    int64_t reached = 0;
+    for (int64_t i = 0; i < kTileRows; ++i) {
+      const T* maxima = s.maxima + i * stride;
+      const Vec least = Vec::broadcast(threshold_of(p, maxima, s.slacks[i]));
+      for (int64_t g = 0; g < stride; g += kLanes) {
+        reached += Vec::at_least(Vec::load(maxima + g), least) != 0;
+      }
+    }
+    return reached * kLanes * 2 > kTileRows * stride;
   }
 
   // ---- one row, one block
@@ -343,11 +417,8 @@ struct Search {
     const int64_t stride = num_groups(p) * kLanes;
     const T* row = s.rows + i * padded_width(p.D);
     const T* maxima = s.maxima + i * stride;
-    if (s.kinds[i] == kOutOfRange) return kHardRow;
-    Vec best = Vec::load(maxima);
-    for (int64_t g = kLanes; g < stride; g += kLanes) best = Vec::max(best, Vec::load(maxima + g));
-    const double greatest = static_cast<double>(best.reduce_max());
-    const T threshold = round_down(greatest - s.slacks[i]);
+    if (s.kinds[i] != kOrdinary) return kHardRow;
+    const T threshold = threshold_of(p, maxima, s.slacks[i]);
     int64_t found[kMaxCandidates];
     const int count = candidates(p, row, maxima, threshold, found);
     if (count == 1) return found[0];
@@ -368,13 +439,21 @@ struct Search {
     for (int64_t i = 0; i < count; ++i) load_row(p, rows ? rows[i] : first_row + i, i, s);
     const int64_t tiles_end = (count + kTileRows - 1) / kTileRows * kTileRows;
     memset(s.rows + count * width, 0, static_cast<size_t>((tiles_end - count) * width) * sizeof(T));
-    score_block(p, panels, count, s);
+    const int64_t tried = !kIsFloat && count > 4 * kTileRows ? kTileRows : 0;
+    score_rows(p, panels, 0, tried, s);
+    if (tried > 0 && most_in_question(p, s)) {
+      for (int64_t i = tried; i < count; ++i) {
+        if (s.kinds[i] == kOrdinary) s.kinds[i] = kUnscored;
+      }
+    } else {
+      score_rows(p, panels, tried, count, s);
+    }
     int64_t listed[kBlockRows], kept[kBlockRows];
     for (int64_t i = 0; i < count; ++i) {
       listed[i] = rows ? rows[i] : first_row + i;
       kept[i] = s.kinds[i] == kNotFinite ? -1 : settle(p, listed[i], i, s);
     }
-    if (!kIsFloat) settle_by_groups(p, panels, listed, count, kept, s);
+    if constexpr (!kIsFloat) settle_by_groups(p, panels, listed, count, kept, s);
     for (int64_t i = 0; i < count; ++i) {
       p.indices[listed[i]] = kept[i] >= 0 ? p.code_ids[kept[i]] : kept[i];
     }

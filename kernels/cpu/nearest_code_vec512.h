@@ -55,6 +55,12 @@ struct Doubles {
   static uint32_t at_least(Doubles a, Doubles b) {
     return _mm512_cmp_pd_mask(a.v, b.v, _CMP_GE_OQ);
   }
+  // Where value is less than least, it and its place take over.
+  static void keep_less(Doubles value, Doubles its, Doubles& least, Doubles& place) {
+    const __mmask8 less = _mm512_cmp_pd_mask(value.v, least.v, _CMP_LT_OQ);
+    least.v = _mm512_mask_mov_pd(least.v, less, value.v);
+    place.v = _mm512_mask_mov_pd(place.v, less, its.v);
+  }
   void store(double* p) const { _mm512_storeu_pd(p, v); }
   double reduce_max() const { return _mm512_reduce_max_pd(v); }
   double reduce_add() const { return _mm512_reduce_add_pd(v); }

@@ -133,6 +133,20 @@ def test_each_search_where_rows_and_codes_repeat(search: int, metric: str) -> No
     check(x, codebook.repeat(2, 1), metric, search)
 
 
+@pytest.mark.parametrize("metric", METRICS)
+def test_each_search_on_tight_clusters_among_spread_codes(search: int, metric: str) -> None:
+    # By distance from the first cluster: itself, the second, the third, then the spread codes.
+    x, codes, at = normal(200, 31), normal(2000, 31, seed=1), torch.arange(2000)
+    one = codes[:1]
+    near = torch.where((at % 10 < 2)[:, None], 3 * one, one + 0.01 * codes)
+    near = torch.where((at % 10 == 2)[:, None], 40 - one, near) + 1e-6 * codes
+    codebook = torch.where((at % 10 == 3)[:, None], 1000 * codes, near)
+    x[::3] += 3 * one
+    x[1::3] += 40
+    x[::7] *= 1e3
+    check(x, codebook, metric, search)
+
+
 def test_each_search_agrees_between_thread_counts(search: int) -> None:
     x, codebook = hostile("every magnitude", 3001, 260, 12)
     expected = promised(x, codebook, "l2")
