@@ -1,12 +1,20 @@
-"""What holds for every test: two threads at most, a fixed seed, and no CUDA test without a GPU."""
+"""What holds for every test: two threads at most, a fixed seed, and no CUDA test without a GPU.
+
+Without a GPU, Triton's kernels run under its interpreter. It is switched on here because Triton
+reads the switch when a kernel is imported, and any test file may be the first to do so.
+"""
 
 from __future__ import annotations
 
+import os
 import random
 
 import numpy as np
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_configure() -> None:

@@ -11,14 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 # For benchmarks/static, and for the emulator beside this file.
 sys.path += [str(Path(__file__).resolve().parents[3]), str(Path(__file__).resolve().parent)]
 
-# Read when a kernel is imported, and for good.
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
