@@ -92,7 +92,7 @@ def test_level_of_the_neighbours_of_every_step(symmetric: bool) -> None:
     module = FSQ(levels, preserve_symmetry=symmetric).eval()
     for channel, count in enumerate(levels):
         for level in range(1, count):
-            step = module._steps[channel, level - 1]
+            step = module._snap.steps[channel, level - 1]
             at = step.float()
             below = at if at.double() < step else torch.nextafter(at, at.new_tensor(-torch.inf))
             above = torch.nextafter(below, below.new_tensor(torch.inf))
