@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as differentiable
 from torch import Tensor
 
 # Probabilities below this count as this inside the logarithm, as in vector-quantize-pytorch.
@@ -57,27 +56,18 @@ def binary_entropies(
         `torch.distributed` running, the mean inside `batch` is over the rows of all processes.
     Yu et al. 2023, arXiv:2310.05737, eq. 4.
     """
-    total = counts.sum()
-    weights = counts / (total.clamp(min=1.0) * x.shape[1])
-    per_sample, sums = _Entropies.apply(x, counts, weights, scale, *signs)
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        fused = torch.cat([sums.flatten(), total[None]])
-        fused = differentiable.all_reduce(fused)
-        sums, total = fused[:-1].view_as(sums), fused[-1].detach()
-    mean = sums / total.clamp(min=1.0)
-    batch = (mean * mean.clamp(min=_LEAST).log()).sum() / -x.shape[1]
-    return per_sample, batch
+    entropies: tuple[Tensor, Tensor] = _Entropies.apply(x, counts, scale, *signs)
+    return entropies
 
 
 class _Entropies(torch.autograd.Function):
-    """Σ_n weights[n]·h(p[n]) and Σ_n counts[n]·p[n], (codebooks, √K, √K).
+    """Both entropies; the forward pass leaves their gradients ready.
 
     With a, b the distributions over the halves, l = ln a + ln b and u = min(l − ln 1e-5, 0):
 
         h = h₀(a) + h₀(b) + Σ p·u,   ∂h/∂ln a = −a·(ln a + const) + Σ_b p·(u + [u < 0])
 
-    where h₀ has no clamp, and the constant drops out of the gradient to the logits. The forward
-    pass leaves the gradient of h ready.
+    where h₀ has no clamp, and the constant drops out of the gradient to the logits.
     """
 
     @staticmethod
@@ -85,49 +75,76 @@ class _Entropies(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         counts: Tensor,
-        weights: Tensor,
         scale: float,
         first_signs: Tensor,
         last_signs: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        signs = (first_signs, last_signs)
-        parts = x.flatten(0, 1).split([half.shape[1] for half in signs], dim=1)
-        first, last = (
-            (part @ half.t()).mul_(scale).log_softmax(dim=1) for part, half in zip(parts, signs)
-        )
+        books = x.shape[1]
+        parts = x.split([first_signs.shape[1], last_signs.shape[1]], dim=2)
+        first = (parts[0] @ first_signs.t()).mul_(scale).log_softmax(dim=2)
+        last = (parts[1] @ last_signs.t()).mul_(scale).log_softmax(dim=2)
         a, b = first.exp(), last.exp()
-        to_first, to_last = a * first, b * last
-        entropy = -(to_first.sum(dim=1) + to_last.sum(dim=1))
-        size = max(1, _BLOCK_TERMS // (a.shape[1] * b.shape[1]))
-        for start in range(0, len(a), size):
-            block = slice(start, start + size)
-            clamped, by_first, by_last = _clamped(first[block], last[block], a[block], b[block])
-            entropy[block] += clamped
-            to_first[block] -= by_first
-            to_last[block] -= by_last
-        to_x = torch.cat(
-            [
-                _to_part(-slope, p, half)
-                for slope, p, half in zip((to_first, to_last), (a, b), signs)
-            ],
-            dim=1,
+        entropy, *slopes = _row_entropies(*(each.flatten(0, 1) for each in (first, last, a, b)))
+        total = counts.sum()
+        weights = (counts / (total.clamp(min=1.0) * books))[:, None, None]
+        per_sample = (entropy.view(len(x), books) * weights[..., 0]).sum()
+        counted = a * counts[:, None, None]
+        b_by_book = b.transpose(0, 1)
+        sums, total = _over_processes(counted.permute(1, 2, 0) @ b_by_book, total)
+        total = total.clamp(min=1.0)
+        mean = sums.div_(total)
+        logs = mean.clamp(min=_LEAST).log_()
+        batch = (mean * logs).sum() / -books
+        by_code = logs.add_(mean >= _LEAST).div_(total * -books)
+        by_first = (b_by_book @ by_code.transpose(1, 2)).transpose(0, 1) * counted
+        by_last = (counted.transpose(0, 1) @ by_code).transpose(0, 1) * b
+        ctx.save_for_backward(
+            *(
+                torch.cat([_to_part(f, a, first_signs), _to_part(g, b, last_signs)], dim=2)
+                for f, g in (
+                    [slope.unflatten(0, x.shape[:2]) * weights for slope in slopes],
+                    (by_first, by_last),
+                )
+            )
         )
-        a, b = a.unflatten(0, x.shape[:2]), b.unflatten(0, x.shape[:2])
-        sums = (a * counts[:, None, None]).permute(1, 2, 0) @ b.transpose(0, 1)
         ctx.scale = scale
-        ctx.save_for_backward(to_x, a, b, counts, weights, first_signs, last_signs)
-        return entropy.unflatten(0, x.shape[:2]).sum(dim=1) @ weights, sums
+        return per_sample, batch
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, to_entropy: Tensor, to_sums: Tensor) -> tuple[Tensor | None, ...]:
-        to_x, a, b, counts, weights, first_signs, last_signs = ctx.saved_tensors
-        by_first = (b.transpose(0, 1) @ to_sums.transpose(1, 2)).transpose(0, 1) * a
-        by_last = (a.transpose(0, 1) @ to_sums).transpose(0, 1) * b
-        mean = [_to_part(by_first, a, first_signs), _to_part(by_last, b, last_signs)]
-        grad = torch.cat(mean, dim=-1).mul_(counts[:, None, None])
-        grad.addcmul_(to_x.view_as(grad), (weights * to_entropy)[:, None, None])
-        return grad.mul_(ctx.scale), None, None, None, None, None
+    def backward(ctx: Any, to_sample: Tensor, to_batch: Tensor) -> tuple[Tensor | None, ...]:
+        by_sample, by_batch = ctx.saved_tensors
+        # A process's rows are in the mean of every process.
+        to_batch, _ = _over_processes(to_batch, to_batch)
+        grad = (by_sample * (to_sample * ctx.scale)).addcmul_(by_batch, to_batch * ctx.scale)
+        return grad, None, None, None, None
+
+
+def _over_processes(sums: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+    """Both, summed over all processes."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return sums, total
+    fused = torch.cat([sums.flatten(), total[None]])
+    dist.all_reduce(fused)
+    return fused[:-1].view_as(sums), fused[-1]
+
+
+def _row_entropies(
+    first: Tensor, last: Tensor, a: Tensor, b: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """h of every row (R,), and its gradients to the log-probabilities first (R, A), last (R, B)."""
+    by_first, by_last = a * first, b * last
+    entropy = by_first.sum(dim=1).add_(by_last.sum(dim=1)).neg_()
+    by_first.neg_()
+    by_last.neg_()
+    size = max(1, _BLOCK_TERMS // (a.shape[1] * b.shape[1]))
+    for start in range(0, len(a), size):
+        block = slice(start, start + size)
+        clamped, over_last, over_first = _clamped(first[block], last[block], a[block], b[block])
+        entropy[block] += clamped
+        by_first[block] += over_last
+        by_last[block] += over_first
+    return entropy, by_first, by_last
 
 
 def _clamped(first: Tensor, last: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -145,8 +145,8 @@ def _constants(levels: Sequence[int], symmetric: bool, hard: bool, eps: float) -
             steps[channel, level] = (bounded if hard else math.atanh(bounded)) - shift
         columns.append([shift, height, middle - offset + 0.75, slope, center, count - 1.0])
     table = torch.tensor(columns, dtype=torch.float64).t()[..., None].contiguous()
-    shift, height, base, slope, center, last = table.unbind()
-    return _Constants(shift, height, base, slope, center, last, steps)
+    shifts, heights, bases, slopes, centers, lasts = table.unbind()
+    return _Constants(shifts, heights, bases, slopes, centers, lasts, steps)
 
 
 def _rounded_up(steps: Tensor) -> Tensor:
