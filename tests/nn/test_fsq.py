@@ -102,6 +102,23 @@ def test_level_of_the_neighbours_of_every_step(symmetric: bool) -> None:
             assert found.tolist() == [level - 1, level]
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("count", [256, 257, 1000, 2**16, 2**16 + 1])
+def test_level_among_many(count: int, symmetric: bool) -> None:
+    """Both sides of every step, also where the bound is wider than the levels."""
+    module = FSQ([count], preserve_symmetry=symmetric).eval()
+    steps = module._snap.steps[0]
+    above = steps.float()
+    above = torch.where(
+        above.double() < steps, torch.nextafter(above, torch.tensor(torch.inf)), above
+    )
+    below = torch.nextafter(above, torch.tensor(-torch.inf))
+    ends = torch.tensor([-torch.inf, torch.inf])
+    for z, dtype in ((torch.cat([above, below, ends]), torch.float32), (steps, torch.float64)):
+        true = torch.searchsorted(steps, z.double(), right=True)
+        assert torch.equal(module(z.to(dtype)[None, :, None])[1][0], true.int())
+
+
 def test_index_of_a_large_codebook_is_exact() -> None:
     module = FSQ([1000, 1000, 1000]).eval()
     indices = torch.tensor([[0, 1, 999, 16777217, 123456789, 999999999]])

@@ -6,9 +6,12 @@ import copy
 import functools
 import math
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from nn.peer import U, assert_same, assert_same_step, pair
 from torch import Tensor, nn
 
@@ -117,6 +120,39 @@ def test_entropies(bits: int, scale: float, monkeypatch: pytest.MonkeyPatch) -> 
         assert abs(one.item() - true.item()) <= relative * (bits + math.log(1e5))
     bound = relative * 2 * scale * (bits + math.log(1e5)) / counts.sum()
     assert (grad - true_grad).abs().max() <= bound
+
+
+def _batch_entropy_on(rank: int, folder: str) -> None:
+    """One of two processes, with 5 and 7 rows; the loss has rank + 1 batch entropies."""
+    store = dist.FileStore(f"{folder}/store", 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    x = _rows_of_two_processes()[rank].requires_grad_()
+    signs = binary_entropy.half_signs(3, x.device)
+    per_sample, batch = binary_entropy.binary_entropies(x, torch.ones(len(x)), 2.0, signs)
+    (per_sample + (rank + 1) * batch).backward()
+    torch.save((per_sample.detach(), batch.detach(), x.grad), f"{folder}/{rank}")
+    dist.destroy_process_group()
+
+
+def _rows_of_two_processes() -> tuple[Tensor, Tensor]:
+    rows = 0.5 * torch.randn(12, 1, 3, generator=torch.Generator().manual_seed(0))
+    return rows[:5], rows[5:]
+
+
+def test_the_batch_mean_is_over_all_processes(tmp_path: Path) -> None:
+    mp.spawn(_batch_entropy_on, args=(str(tmp_path),), nprocs=2)
+    found = [torch.load(tmp_path / str(rank)) for rank in range(2)]
+    parts = [part.double().requires_grad_() for part in _rows_of_two_processes()]
+    per_sample = [_entropies(part, torch.ones(len(part)), 2.0)[0] for part in parts]
+    _, batch = _entropies(torch.cat(parts), torch.ones(12), 2.0)
+    # Each process asks for the gradient of its own loss: together that of the sum of both.
+    (sum(per_sample) + 3 * batch).backward()
+    for (mine, mean, grad), part, true in zip(found, parts, per_sample):
+        # Sums of at most 12 rows × 8 codes, of terms below ln 1e5, times 3 in the gradient.
+        bound = 2 * 96 * U * 3 * math.log(1e5)
+        assert abs(mine - true).item() <= bound
+        assert abs(mean - batch).item() <= bound
+        assert (grad - part.grad).abs().max().item() <= bound
 
 
 def test_no_step_allocates_rows_times_codes() -> None:
