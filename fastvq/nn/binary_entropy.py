@@ -34,7 +34,7 @@ def half_signs(bits: int, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def binary_entropies(
-    x: Tensor, counts: Tensor, scale: float, signs: tuple[Tensor, Tensor]
+    x: Tensor, counts: Tensor, scale: float, signs: tuple[Tensor, ...]
 ) -> tuple[Tensor, Tensor]:
     """Mean entropy of each row's distribution over all sign vectors, and entropy of their mean.
 
@@ -50,7 +50,8 @@ def binary_entropies(
         x: (N, codebooks, d) float32, finite.
         counts: (N,) float32, the weight of each row in both means.
         scale: factor of the logits.
-        signs: `half_signs(d)`, float32.
+        signs: `half_signs(d)`, float32; or `sign_codes(d)` alone, for so few rows and codes that
+            all N×K terms at once are quicker, and small.
     Returns:
         () and () in nats, means over the codebooks too; zeros if no row counts. With
         `torch.distributed` running, the mean inside `batch` is over the rows of all processes.
@@ -76,38 +77,12 @@ class _Entropies(torch.autograd.Function):
         x: Tensor,
         counts: Tensor,
         scale: float,
-        first_signs: Tensor,
-        last_signs: Tensor,
+        *signs: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        books = x.shape[1]
-        parts = x.split([first_signs.shape[1], last_signs.shape[1]], dim=2)
-        first = (parts[0] @ first_signs.t()).mul_(scale).log_softmax(dim=2)
-        last = (parts[1] @ last_signs.t()).mul_(scale).log_softmax(dim=2)
-        a, b = first.exp(), last.exp()
-        entropy, *slopes = _row_entropies(*(each.flatten(0, 1) for each in (first, last, a, b)))
-        total = counts.sum()
-        weights = (counts / (total.clamp(min=1.0) * books))[:, None, None]
-        per_sample = (entropy.view(len(x), books) * weights[..., 0]).sum()
-        counted = a * counts[:, None, None]
-        b_by_book = b.transpose(0, 1)
-        sums, total = _over_processes(counted.permute(1, 2, 0) @ b_by_book, total)
-        total = total.clamp(min=1.0)
-        mean = sums.div_(total)
-        logs = mean.clamp(min=_LEAST).log_()
-        batch = (mean * logs).sum() / -books
-        by_code = logs.add_(mean >= _LEAST).div_(total * -books)
-        by_first = (b_by_book @ by_code.transpose(1, 2)).transpose(0, 1) * counted
-        by_last = (counted.transpose(0, 1) @ by_code).transpose(0, 1) * b
-        ctx.save_for_backward(
-            *(
-                torch.cat([_to_part(f, a, first_signs), _to_part(g, b, last_signs)], dim=2)
-                for f, g in (
-                    [slope.unflatten(0, x.shape[:2]) * weights for slope in slopes],
-                    (by_first, by_last),
-                )
-            )
-        )
-        ctx.scale = scale
+        make = _by_halves if len(signs) == 2 else _by_codes
+        per_sample, batch, by_sample, by_batch = make(x, counts, scale, *signs)
+        ctx.save_for_backward(by_sample, by_batch)
+        ctx.scale, ctx.others = scale, 2 + len(signs)
         return per_sample, batch
 
     @staticmethod
@@ -117,7 +92,59 @@ class _Entropies(torch.autograd.Function):
         # A process's rows are in the mean of every process.
         to_batch, _ = _over_processes(to_batch, to_batch)
         grad = (by_sample * (to_sample * ctx.scale)).addcmul_(by_batch, to_batch * ctx.scale)
-        return grad, None, None, None, None
+        return grad, *[None] * ctx.others
+
+
+def _by_halves(
+    x: Tensor, counts: Tensor, scale: float, first_signs: Tensor, last_signs: Tensor
+) -> tuple[Tensor, ...]:
+    """Both entropies, and their gradients to x but for the scale."""
+    books = x.shape[1]
+    parts = x.split([first_signs.shape[1], last_signs.shape[1]], dim=2)
+    first = (parts[0] @ first_signs.t()).mul_(scale).log_softmax(dim=2)
+    last = (parts[1] @ last_signs.t()).mul_(scale).log_softmax(dim=2)
+    a, b = first.exp(), last.exp()
+    entropy, *slopes = _row_entropies(*(each.flatten(0, 1) for each in (first, last, a, b)))
+    total = counts.sum()
+    weights = (counts / (total.clamp(min=1.0) * books))[:, None, None]
+    per_sample = (entropy.view(len(x), books) * weights[..., 0]).sum()
+    counted = a * counts[:, None, None]
+    b_by_book = b.transpose(0, 1)
+    batch, by_code = _entropy_of_mean(counted.permute(1, 2, 0) @ b_by_book, total)
+    by_sample = [slope.unflatten(0, x.shape[:2]) * weights for slope in slopes]
+    by_first = (b_by_book @ by_code.transpose(1, 2)).transpose(0, 1) * counted
+    by_last = (counted.transpose(0, 1) @ by_code).transpose(0, 1) * b
+    gradients = (
+        torch.cat([_to_part(f, a, first_signs), _to_part(g, b, last_signs)], dim=2)
+        for f, g in (by_sample, (by_first, by_last))
+    )
+    return per_sample, batch, *gradients
+
+
+def _by_codes(x: Tensor, counts: Tensor, scale: float, signs: Tensor) -> tuple[Tensor, ...]:
+    """The same from all N×K terms at once: fewer operations."""
+    logs = (x @ signs.t()).mul_(scale).log_softmax(dim=2)
+    p = logs.exp()
+    clamped = logs.clamp(min=math.log(_LEAST))
+    total = counts.sum()
+    weights = (counts / (total.clamp(min=1.0) * -x.shape[1]))[:, None, None]
+    weighted = p * weights
+    per_sample = (weighted * clamped).sum()
+    slope = clamped.add_(logs >= math.log(_LEAST)).mul_(weighted)
+    counted = p * counts[:, None, None]
+    batch, by_code = _entropy_of_mean(counted.sum(dim=0), total)
+    by_batch = counted.mul_(by_code)
+    return per_sample, batch, _to_part(slope, p, signs), _to_part(by_batch, p, signs)
+
+
+def _entropy_of_mean(sums: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+    """h of sums/total over all processes, mean over the codebooks; its gradient to the sums."""
+    sums, total = _over_processes(sums, total)
+    total = total.clamp(min=1.0)
+    mean = sums / total
+    logs = mean.clamp(min=_LEAST).log_()
+    batch = (mean * logs).sum() / -len(sums)
+    return batch, logs.add_(mean >= _LEAST).div_(total * -len(sums))
 
 
 def _over_processes(sums: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
@@ -158,5 +185,5 @@ def _clamped(first: Tensor, last: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor,
 
 
 def _to_part(slope: Tensor, p: Tensor, signs: Tensor) -> Tensor:
-    """The gradient to a half's bits, but for the scale, from that to its log-probabilities."""
+    """The gradient to the bits, but for the scale, from that to its log-probabilities."""
     return (slope - p * slope.sum(dim=-1, keepdim=True)) @ signs

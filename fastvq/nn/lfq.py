@@ -17,6 +17,10 @@ from .binary_entropy import binary_entropies, half_signs, sign_codes
 from .finite_rows import all_finite, projected
 from .precision import without_autocast
 
+# So few vectors and codes go through the entropies all at once: what an operation costs to start
+# outweighs its work. With 1024 codes it is quicker for up to about so many vectors.
+_FEW_ROWS, _FEW_CODES = 16, 2048
+
 
 class LFQOutput(NamedTuple):
     """What `LFQ` returns; shapes as there."""
@@ -90,6 +94,7 @@ class LFQ(nn.Module):
     orthogonal_rot: Tensor
     _first_signs: Tensor
     _last_signs: Tensor
+    _signs: Tensor | None
 
     def __init__(
         self,
@@ -177,6 +182,8 @@ class LFQ(nn.Module):
         first, last = half_signs(bits, self.mask.device)
         self.register_buffer("_first_signs", first, persistent=False)
         self.register_buffer("_last_signs", last, persistent=False)
+        few = sign_codes(bits, self.mask.device) if codebook_size <= _FEW_CODES else None
+        self.register_buffer("_signs", few, persistent=False)
 
     def extra_repr(self) -> str:
         return f"codebook_size={self.codebook_size}, dim={self.dim}, codebooks={self.num_codebooks}"
@@ -318,7 +325,9 @@ class LFQ(nn.Module):
         sampled, weights = self._sampled(rows, counts, mask)
         # The size of a code's channels.
         size = self.codebook_scale / (math.sqrt(self.codebook_dim) if self.spherical else 1.0)
-        signs = self._first_signs.float(), self._last_signs.float()
+        signs: tuple[Tensor, ...] = self._first_signs.float(), self._last_signs.float()
+        if self._signs is not None and len(sampled) * self.num_codebooks <= _FEW_ROWS:
+            signs = (self._signs.float(),)
         per_sample, batch = binary_entropies(
             sampled.float(), weights, 2.0 * inv_temperature * size, signs
         )

@@ -97,12 +97,17 @@ def _entropies(x: Tensor, counts: Tensor, scale: float) -> tuple[Tensor, Tensor]
 
 @pytest.mark.parametrize("bits", [1, 2, 5, 11])
 @pytest.mark.parametrize("scale", [0.5, 3.0, 8.0, 200.0])
-def test_entropies(bits: int, scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("by_halves", [True, False])
+def test_entropies(
+    by_halves: bool, bits: int, scale: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(binary_entropy, "_BLOCK_TERMS", 3 * 2**bits)  # several blocks, one ragged
     x = 0.3 * torch.randn(7, 2, bits)
     counts = torch.tensor([1, 0, 1, 1, 1, 0, 1]).float()
     results = []
-    signs = binary_entropy.half_signs(bits, x.device)
+    signs = (binary_entropy.sign_codes(bits, x.device),)
+    if by_halves:
+        signs = binary_entropy.half_signs(bits, x.device)
     ours = functools.partial(binary_entropy.binary_entropies, signs=signs)
     for function, inputs in (
         (ours, x.clone().requires_grad_()),
@@ -115,7 +120,8 @@ def test_entropies(bits: int, scale: float, monkeypatch: pytest.MonkeyPatch) -> 
     # A logit of size l errs by bits·u·l, and so does its probability, relatively; then sums over
     # the codes, first of one half of the bits, then of the other, of entropies below ln K + ln 1e5.
     logit = scale * x.abs().sum(dim=-1).max().item()
-    relative = (2 * 2 ** -(-bits // 2) + 2 * bits * logit + 8) * U
+    codes = 2 * 2 ** -(-bits // 2) if by_halves else 2**bits
+    relative = (codes + 2 * bits * logit + 8) * U
     for one, true in ((per_sample, true_per_sample), (batch, true_batch)):
         assert abs(one.item() - true.item()) <= relative * (bits + math.log(1e5))
     bound = relative * 2 * scale * (bits + math.log(1e5)) / counts.sum()
