@@ -147,6 +147,23 @@ def test_a_row_that_is_not_a_number_costs_that_row_only() -> None:
     assert x.grad[0, kept].isfinite().all()
 
 
+@pytest.mark.parametrize("lost", [torch.nan, torch.inf])
+def test_a_lost_row_leaves_the_projections_alone(lost: float) -> None:
+    torch.manual_seed(0)
+    module = FSQ([8, 5], dim=6)
+    x = torch.randn(1, 4, 6)
+    module(x[:, :3])[0].sum().backward()
+    expected = [parameter.grad.clone() for parameter in module.parameters()]
+    module.zero_grad()
+    x[0, 3, 2] = lost
+    quantized, indices = module(x)
+    assert quantized[0, 3].isnan().all()
+    assert indices[0, 3] == -1
+    quantized[:, :3].sum().backward()
+    for parameter, grad in zip(module.parameters(), expected):
+        assert_same(parameter.grad, grad, terms=8)
+
+
 def test_empty_batches() -> None:
     module = FSQ([8, 5], dim=6)
     quantized, indices = module(torch.zeros(0, 5, 6))

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from nn.peer import U, assert_same, assert_same_step, pair
+from tolerances import UNIT_ROUNDOFF
 from torch import Tensor, nn
 
 from fastvq import LFQ
@@ -98,20 +99,22 @@ def _entropies(x: Tensor, counts: Tensor, scale: float) -> tuple[Tensor, Tensor]
 @pytest.mark.parametrize("bits", [1, 2, 5, 11])
 @pytest.mark.parametrize("scale", [0.5, 3.0, 8.0, 200.0])
 @pytest.mark.parametrize("by_halves", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_entropies(
-    by_halves: bool, bits: int, scale: float, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, by_halves: bool, bits: int, scale: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(binary_entropy, "_BLOCK_TERMS", 3 * 2**bits)  # several blocks, one ragged
     x = 0.3 * torch.randn(7, 2, bits)
-    counts = torch.tensor([1, 0, 1, 1, 1, 0, 1]).float()
+    counts = torch.tensor([1, 0, 1, 1, 1, 0, 1]).to(dtype)
     results = []
     signs = (binary_entropy.sign_codes(bits, x.device),)
     if by_halves:
         signs = binary_entropy.half_signs(bits, x.device)
+    signs = tuple(half.to(dtype) for half in signs)
     ours = functools.partial(binary_entropy.binary_entropies, signs=signs)
     for function, inputs in (
-        (ours, x.clone().requires_grad_()),
-        (_entropies, x.double().requires_grad_()),
+        (ours, x.to(dtype, copy=True).requires_grad_()),
+        (_entropies, x.to(torch.float64, copy=True).requires_grad_()),
     ):
         per_sample, batch = function(inputs, counts, scale)
         (per_sample - 0.5 * batch).backward()
@@ -121,7 +124,9 @@ def test_entropies(
     # the codes, first of one half of the bits, then of the other, of entropies below ln K + ln 1e5.
     logit = scale * x.abs().sum(dim=-1).max().item()
     codes = 2 * 2 ** -(-bits // 2) if by_halves else 2**bits
-    relative = (codes + 2 * bits * logit + 8) * U
+    relative = (codes + 2 * bits * logit + 8) * (
+        UNIT_ROUNDOFF[dtype] + UNIT_ROUNDOFF[torch.float64]
+    )
     for one, true in ((per_sample, true_per_sample), (batch, true_batch)):
         assert abs(one.item() - true.item()) <= relative * (bits + math.log(1e5))
     bound = relative * 2 * scale * (bits + math.log(1e5)) / counts.sum()
