@@ -13,8 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .binary_entropy import binary_entropies, sign_codes
-from .finite_rows import projected
+from .binary_entropy import binary_entropies, half_signs, sign_codes
+from .finite_rows import all_finite, projected
+from .precision import without_autocast
+
+# So few vectors and codes go through the entropies all at once: what an operation costs to start
+# outweighs its work. With 1024 codes it is quicker for up to about so many vectors.
+_FEW_ROWS, _FEW_CODES = 16, 2048
 
 
 class LFQOutput(NamedTuple):
@@ -53,7 +58,7 @@ class LFQ(nn.Module):
         loss = w_e · (E_n h(p(·|z_n)) − γ · h(E_n p(·|z_n))) + w_c · mean (z − sg[q])²
 
     p(k|z) = softmax_k(2τ z·c_k) over all 2^d codes, h is the entropy in nats with probabilities
-    below 1e-5 counted as 1e-5 in its logarithm, τ is `inv_temperature`. Loss in training only, else
+    below 1e-5 counts as 1e-5 in its logarithm, τ is `inv_temperature`. Loss in training only, else
     0. The gradient of the quantized z to z is straight-through. Entropies take memory of N·2^(d/2)
     and not of N·2^d (see `binary_entropy.py`), always in float32.
 
@@ -87,6 +92,9 @@ class LFQ(nn.Module):
     mask: Tensor
     zero: Tensor
     orthogonal_rot: Tensor
+    _first_signs: Tensor
+    _last_signs: Tensor
+    _signs: Tensor | None
 
     def __init__(
         self,
@@ -171,6 +179,11 @@ class LFQ(nn.Module):
         self.force_quantization_f32 = force_quantization_f32
         self.register_buffer("mask", 2 ** torch.arange(bits - 1, -1, -1))
         self.register_buffer("zero", torch.tensor(0.0), persistent=False)
+        first, last = half_signs(bits, self.mask.device)
+        self.register_buffer("_first_signs", first, persistent=False)
+        self.register_buffer("_last_signs", last, persistent=False)
+        few = sign_codes(bits, self.mask.device) if codebook_size <= _FEW_CODES else None
+        self.register_buffer("_signs", few, persistent=False)
 
     def extra_repr(self) -> str:
         return f"codebook_size={self.codebook_size}, dim={self.dim}, codebooks={self.num_codebooks}"
@@ -216,7 +229,8 @@ class LFQ(nn.Module):
         return codes.movedim(-1, 1) if first else codes
 
     def _codes_of(self, positive: Tensor) -> Tensor:
-        return self.maybe_l2norm(self.bits_to_codes(positive.float()))
+        scale = self.codebook_scale
+        return self.maybe_l2norm(torch.where(positive, scale, -scale))
 
     def forward(
         self,
@@ -250,22 +264,27 @@ class LFQ(nn.Module):
         z = z.unflatten(-1, (self.num_codebooks, self.codebook_dim))
         if self.orthogonal_rotation:
             z = z @ self.orthogonal_rot
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             z = self.maybe_l2norm(z)
             dtype = z.dtype
             if self.force_quantization_f32:
                 z = z.float()
-            finite = z.isfinite().all(dim=-1)
-            indices = torch.where(finite, ((z > 0) * self.mask).sum(dim=-1), -1)
-            codes = self._codes_of(z > 0).to(z.dtype)
-            codes = torch.where(finite[..., None], codes, torch.nan)
-            losses = LFQLossBreakdown(self.zero, self.zero, self.zero)
-            quantized, loss = codes, self.zero
+            positive = z > 0
+            indices = (positive * self.mask).sum(dim=-1)
+            quantized = codes = self._codes_of(positive).to(z.dtype)
+            # None: all of them.
+            finite = None if all_finite(z) else z.isfinite().all(dim=-1)
+            if finite is not None:
+                indices = torch.where(finite, indices, -1)
+                quantized = torch.where(finite[..., None], codes, torch.nan)
+            losses, loss = LFQLossBreakdown(self.zero, self.zero, self.zero), self.zero
             if self.training:
                 losses, loss = self._losses(z, codes, finite, mask, inv_temperature)
-                surrogate = torch.where(finite[..., None], self.activation(z), 0.0)
+                surrogate = self.activation(z)
+                if finite is not None:
+                    surrogate = torch.where(finite[..., None], surrogate, 0.0)
                 # surrogate − sg[surrogate] is exactly zero: the value is the code.
-                quantized = codes + (surrogate - surrogate.detach())
+                quantized = quantized + (surrogate - surrogate.detach())
             quantized = quantized.to(dtype)
         if self.orthogonal_rotation:
             quantized = quantized @ self.orthogonal_rot.t()
@@ -281,42 +300,51 @@ class LFQ(nn.Module):
         self,
         z: Tensor,
         codes: Tensor,
-        finite: Tensor,
+        finite: Tensor | None,
         mask: Tensor | None,
         inv_temperature: float,
     ) -> tuple[LFQLossBreakdown, Tensor]:
         """The terms of the loss, and the loss, over the vectors that count."""
         rows = z.reshape(-1, self.num_codebooks, self.codebook_dim)
-        counted = finite.reshape(-1, self.num_codebooks).all(dim=-1)
+        if mask is not None and mask.numel() != len(rows):
+            raise ValueError(
+                f"LFQ.forward: mask must be bool {tuple(z.shape[:-2])} to match x; "
+                f"got {tuple(mask.shape)}."
+            )
+        counts = rows.new_ones(len(rows), dtype=torch.float32)
+        if finite is not None:
+            counts *= finite.reshape(-1, self.num_codebooks).all(dim=-1)
+            rows = torch.where((counts > 0)[:, None, None], rows, 0.0)
         if mask is not None:
-            if mask.numel() != len(rows):
-                raise ValueError(
-                    f"LFQ.forward: mask must be bool {tuple(z.shape[:-2])} to match x; "
-                    f"got {tuple(mask.shape)}."
-                )
-            counted = counted & mask.reshape(-1)
+            counts *= mask.reshape(-1)
         commitment = self.zero
         if self.commitment_loss_weight > 0.0:
-            residual = torch.where(counted[:, None, None], rows - codes.detach().view_as(rows), 0.0)
-            terms = counted.sum() * residual.shape[1:].numel()
-            commitment = (residual.float() ** 2).sum() / terms.clamp(min=1)
-        sampled, weights = self._sampled(rows, counted, mask)
-        sampled = torch.where(weights[:, None, None], sampled.float(), 0.0)
+            squares = (rows - codes.view_as(rows)).float().square().flatten(1).sum(dim=1)
+            terms = counts.sum() * rows.shape[1:].numel()
+            commitment = (squares @ counts) / terms.clamp(min=1)
+        sampled, weights = self._sampled(rows, counts, mask)
         # The size of a code's channels.
         size = self.codebook_scale / (math.sqrt(self.codebook_dim) if self.spherical else 1.0)
-        per_sample, batch = binary_entropies(sampled, weights.float(), 2.0 * inv_temperature * size)
+        signs: tuple[Tensor, ...] = self._first_signs.float(), self._last_signs.float()
+        if self._signs is not None and len(sampled) * self.num_codebooks <= _FEW_ROWS:
+            signs = (self._signs.float(),)
+        per_sample, batch = binary_entropies(
+            sampled.float(), weights, 2.0 * inv_temperature * size, signs
+        )
         entropy = per_sample - self.diversity_gamma * batch
         if self.experimental_softplus_entropy_loss:
             entropy = F.softplus(entropy + self.entropy_loss_offset)
-        loss = entropy * self.entropy_loss_weight + commitment * self.commitment_loss_weight
+        loss = entropy * self.entropy_loss_weight
+        if self.commitment_loss_weight > 0.0:
+            loss = loss + commitment * self.commitment_loss_weight
         return LFQLossBreakdown(per_sample, batch, commitment), loss
 
-    def _sampled(self, rows: Tensor, counted: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The rows in the entropies, a random fraction where one is asked for, and which count."""
+    def _sampled(self, rows: Tensor, counts: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The rows in the entropies, a random fraction where one is asked for, and their counts."""
         if self.frac_per_sample_entropy == 1.0:
-            return rows, counted
+            return rows, counts
         if mask is not None:
-            rows, counted = rows[mask.reshape(-1)], counted[mask.reshape(-1)]
+            rows, counts = rows[mask.reshape(-1)], counts[mask.reshape(-1)]
         share = int(len(rows) * self.frac_per_sample_entropy)
         drawn = (torch.randn(len(rows)).argsort(dim=-1) < share).to(rows.device)
-        return rows[drawn], counted[drawn]
+        return rows[drawn], counts[drawn]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .finite_rows import projected
 from .fsq import FSQ
+from .precision import without_autocast
 from .residual_levels import ResidualGroups, ResidualLevels
 
 
@@ -148,19 +149,21 @@ class ResidualFSQ(ResidualLevels):
         )
         dtype = rows.dtype
         depth = self._depth(rand_quantize_dropout_fixed_seed, x.device, torch.is_grad_enabled())
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             residual = rows if dtype == torch.float64 else rows.float()
             if self.soft_clamp_input_value is not None:
                 bound = self.soft_clamp_input_value
                 residual = (residual / bound).tanh() * bound
-            quantized = torch.zeros_like(residual)
-            levels = []
-            for layer, scale in zip(list(self.layers)[:depth], self.scales):
-                codes, index = layer(residual / scale)
+            # Long rows, a channel each, are what levels are found in.
+            residual = self._layer(0)._channels(residual)
+            kept, levels = [], []
+            for level, scale in enumerate(self.scales[:depth, :, None].unbind()):
+                codes, index = self._layer(level)._quantized(residual / scale)
                 codes = codes * scale
                 residual = residual - codes.detach()
-                quantized = quantized + codes
+                kept.append(codes)
                 levels.append(index)
+            quantized = self._layer(0)._rows(sum(kept[1:], start=kept[0]), rows)
         dropped = [torch.full_like(levels[0], -1, dtype=torch.int64)]
         indices = torch.stack(levels + dropped * (self.num_quantizers - depth), dim=-1)
         indices = indices.reshape(*shape, self.num_quantizers)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .finite_rows import projected
 from .lfq import LFQ
+from .precision import without_autocast
 from .residual_levels import ResidualGroups, ResidualLevels
 
 
@@ -107,20 +108,19 @@ class ResidualLFQ(ResidualLevels):
         rows = projected(self.project_in, x)
         dtype = rows.dtype
         depth = self._depth(rand_quantize_dropout_fixed_seed, x.device, torch.is_grad_enabled())
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             residual = rows if dtype == torch.float64 else rows.float()
-            quantized = torch.zeros_like(residual)
-            levels, losses = [], []
+            kept, levels, losses = [], [], []
             for layer in list(self.layers)[:depth]:
                 codes, index, loss = layer(residual, mask=mask)
                 residual = residual - codes.detach()
-                quantized = quantized + codes
+                kept.append(codes)
                 levels.append(index)
                 losses.append(loss)
         dropped = self.num_quantizers - depth
         indices = torch.stack(levels + [torch.full_like(levels[0], -1)] * dropped, dim=-1)
         loss = torch.stack(losses + [torch.zeros_like(losses[0])] * dropped, dim=-1)
-        out = projected(self.project_out, quantized.to(dtype))
+        out = projected(self.project_out, sum(kept[1:], start=kept[0]).to(dtype))
         if not return_all_codes:
             return out, indices, loss
         return out, indices, loss, self.get_codes_from_indices(indices)

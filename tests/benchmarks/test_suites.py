@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from benchmarks import suites
+from benchmarks.nn import quantizers
 from benchmarks.ops import code_statistics, nearest_code, vector_quantize
 from fastvq import ops
 
@@ -73,8 +74,25 @@ def test_a_wrong_gradient_of_ours_stops_the_run(monkeypatch):
         vector_quantize.prepare(vector_quantize.QUICK_CASES[0], CONTEXT)
 
 
+@pytest.mark.parametrize("name", quantizers._MODULES)
+def test_quantizers_are_checked_against_the_modules_they_replace(name):
+    pytest.importorskip("vector_quantize_pytorch")
+    prepared = quantizers.prepare({"module": name, "B": 1, "N": 64}, CONTEXT)
+    assert prepared.absent == {}
+    assert prepared.notes == {"vector-quantize-pytorch": "same results"}
+
+
+def test_a_quantizer_with_another_gradient_gets_no_time(monkeypatch):
+    peer = pytest.importorskip("vector_quantize_pytorch")
+    forward = peer.FSQ.forward
+    monkeypatch.setattr(peer.FSQ, "forward", lambda self, z: forward(self, 1.01 * z))
+    prepared = quantizers.prepare(quantizers.QUICK_CASES[0], CONTEXT)
+    assert "vector-quantize-pytorch" not in prepared.candidates
+    assert "vector-quantize-pytorch" in prepared.absent
+
+
 def test_every_size_of_the_targets_is_there():
-    for suite in map(suites.load, suites.SUITES):
+    for suite in map(suites.load, ("nearest_code", "vector_quantize", "code_statistics")):
         cpu = {tuple(case[key] for key in "NKD") for case in suite.CASES["cpu"]}
         cuda = {tuple(case[key] for key in "NKD") for case in suite.CASES["cuda"]}
         assert {(32768, 512, 64), (16384, 8192, 256), (32768, 16384, 8)} <= cpu

@@ -92,7 +92,7 @@ def test_level_of_the_neighbours_of_every_step(symmetric: bool) -> None:
     module = FSQ(levels, preserve_symmetry=symmetric).eval()
     for channel, count in enumerate(levels):
         for level in range(1, count):
-            step = module._steps[channel, level - 1]
+            step = module._snap.steps[channel, level - 1]
             at = step.float()
             below = at if at.double() < step else torch.nextafter(at, at.new_tensor(-torch.inf))
             above = torch.nextafter(below, below.new_tensor(torch.inf))
@@ -100,6 +100,23 @@ def test_level_of_the_neighbours_of_every_step(symmetric: bool) -> None:
             z[0, 0, channel], z[0, 1, channel] = below, above
             found = module.indices_to_level_indices(module(z)[1])[0, :, channel]
             assert found.tolist() == [level - 1, level]
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("count", [256, 257, 1000, 2**16, 2**16 + 1])
+def test_level_among_many(count: int, symmetric: bool) -> None:
+    """Both sides of every step, also where the bound is wider than the levels."""
+    module = FSQ([count], preserve_symmetry=symmetric).eval()
+    steps = module._snap.steps[0]
+    above = steps.float()
+    above = torch.where(
+        above.double() < steps, torch.nextafter(above, torch.tensor(torch.inf)), above
+    )
+    below = torch.nextafter(above, torch.tensor(-torch.inf))
+    ends = torch.tensor([-torch.inf, torch.inf])
+    for z, dtype in ((torch.cat([above, below, ends]), torch.float32), (steps, torch.float64)):
+        true = torch.searchsorted(steps, z.double(), right=True)
+        assert torch.equal(module(z.to(dtype)[None, :, None])[1][0], true.int())
 
 
 def test_index_of_a_large_codebook_is_exact() -> None:
@@ -128,6 +145,23 @@ def test_a_row_that_is_not_a_number_costs_that_row_only() -> None:
     assert quantized[0, 4, 0] == 0.75  # the last of eight levels
     quantized[0, kept].sum().backward()
     assert x.grad[0, kept].isfinite().all()
+
+
+@pytest.mark.parametrize("lost", [torch.nan, torch.inf])
+def test_a_lost_row_leaves_the_projections_alone(lost: float) -> None:
+    torch.manual_seed(0)
+    module = FSQ([8, 5], dim=6)
+    x = torch.randn(1, 4, 6)
+    module(x[:, :3])[0].sum().backward()
+    expected = [parameter.grad.clone() for parameter in module.parameters()]
+    module.zero_grad()
+    x[0, 3, 2] = lost
+    quantized, indices = module(x)
+    assert quantized[0, 3].isnan().all()
+    assert indices[0, 3] == -1
+    quantized[:, :3].sum().backward()
+    for parameter, grad in zip(module.parameters(), expected):
+        assert_same(parameter.grad, grad, terms=8)
 
 
 def test_empty_batches() -> None:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from nn.peer import U, assert_same, assert_same_step, pair
+from tolerances import UNIT_ROUNDOFF
 from torch import Tensor, nn
 
 from fastvq import LFQ
@@ -93,14 +98,23 @@ def _entropies(x: Tensor, counts: Tensor, scale: float) -> tuple[Tensor, Tensor]
 
 @pytest.mark.parametrize("bits", [1, 2, 5, 11])
 @pytest.mark.parametrize("scale", [0.5, 3.0, 8.0, 200.0])
-def test_entropies(bits: int, scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("by_halves", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_entropies(
+    dtype: torch.dtype, by_halves: bool, bits: int, scale: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(binary_entropy, "_BLOCK_TERMS", 3 * 2**bits)  # several blocks, one ragged
     x = 0.3 * torch.randn(7, 2, bits)
-    counts = torch.tensor([1, 0, 1, 1, 1, 0, 1]).float()
+    counts = torch.tensor([1, 0, 1, 1, 1, 0, 1]).to(dtype)
     results = []
+    signs = (binary_entropy.sign_codes(bits, x.device),)
+    if by_halves:
+        signs = binary_entropy.half_signs(bits, x.device)
+    signs = tuple(half.to(dtype) for half in signs)
+    ours = functools.partial(binary_entropy.binary_entropies, signs=signs)
     for function, inputs in (
-        (binary_entropy.binary_entropies, x.clone().requires_grad_()),
-        (_entropies, x.double().requires_grad_()),
+        (ours, x.to(dtype, copy=True).requires_grad_()),
+        (_entropies, x.to(torch.float64, copy=True).requires_grad_()),
     ):
         per_sample, batch = function(inputs, counts, scale)
         (per_sample - 0.5 * batch).backward()
@@ -109,11 +123,47 @@ def test_entropies(bits: int, scale: float, monkeypatch: pytest.MonkeyPatch) -> 
     # A logit of size l errs by bits·u·l, and so does its probability, relatively; then sums over
     # the codes, first of one half of the bits, then of the other, of entropies below ln K + ln 1e5.
     logit = scale * x.abs().sum(dim=-1).max().item()
-    relative = (2 * 2 ** -(-bits // 2) + 2 * bits * logit + 8) * U
+    codes = 2 * 2 ** -(-bits // 2) if by_halves else 2**bits
+    relative = (codes + 2 * bits * logit + 8) * (
+        UNIT_ROUNDOFF[dtype] + UNIT_ROUNDOFF[torch.float64]
+    )
     for one, true in ((per_sample, true_per_sample), (batch, true_batch)):
         assert abs(one.item() - true.item()) <= relative * (bits + math.log(1e5))
     bound = relative * 2 * scale * (bits + math.log(1e5)) / counts.sum()
     assert (grad - true_grad).abs().max() <= bound
+
+
+def _batch_entropy_on(rank: int, folder: str) -> None:
+    """One of two processes, with 5 and 7 rows; the loss has rank + 1 batch entropies."""
+    store = dist.FileStore(f"{folder}/store", 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    x = _rows_of_two_processes()[rank].requires_grad_()
+    signs = binary_entropy.half_signs(3, x.device)
+    per_sample, batch = binary_entropy.binary_entropies(x, torch.ones(len(x)), 2.0, signs)
+    (per_sample + (rank + 1) * batch).backward()
+    torch.save((per_sample.detach(), batch.detach(), x.grad), f"{folder}/{rank}")
+    dist.destroy_process_group()
+
+
+def _rows_of_two_processes() -> tuple[Tensor, Tensor]:
+    rows = 0.5 * torch.randn(12, 1, 3, generator=torch.Generator().manual_seed(0))
+    return rows[:5], rows[5:]
+
+
+def test_the_batch_mean_is_over_all_processes(tmp_path: Path) -> None:
+    mp.spawn(_batch_entropy_on, args=(str(tmp_path),), nprocs=2)
+    found = [torch.load(tmp_path / str(rank)) for rank in range(2)]
+    parts = [part.double().requires_grad_() for part in _rows_of_two_processes()]
+    per_sample = [_entropies(part, torch.ones(len(part)), 2.0)[0] for part in parts]
+    _, batch = _entropies(torch.cat(parts), torch.ones(12), 2.0)
+    # Each process asks for the gradient of its own loss: together that of the sum of both.
+    (sum(per_sample) + 3 * batch).backward()
+    for (mine, mean, grad), part, true in zip(found, parts, per_sample):
+        # Sums of at most 12 rows × 8 codes, of terms below ln 1e5, times 3 in the gradient.
+        bound = 2 * 96 * U * 3 * math.log(1e5)
+        assert abs(mine - true).item() <= bound
+        assert abs(mean - batch).item() <= bound
+        assert (grad - part.grad).abs().max().item() <= bound
 
 
 def test_no_step_allocates_rows_times_codes() -> None:

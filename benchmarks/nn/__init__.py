@@ -1,0 +1,1 @@
+"""Suites of `fastvq.nn`: modules beside those they replace."""
