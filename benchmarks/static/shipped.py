@@ -192,14 +192,21 @@ def _row_cases() -> Iterator[Case]:
             yield Case(f"rows {name} D{channels}", 90, launch)
 
 
-def examine(keys: Iterable[tuple[str, int]] | None = None, workers: int = 2) -> list[Examined]:
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What compiled, in the order of `cases()`, and the error of each (name, capability) that did
+    not."""
+
+    examined: list[Examined]
+    failures: dict[tuple[str, int], str]
+
+
+def examine(keys: Iterable[tuple[str, int]] | None = None, workers: int = 2) -> Outcome:
     """Compile cases in a pool of processes.
 
     Args:
         keys: (name, capability) of the wanted; default all.
         workers: processes at once; each takes about 1 GB.
-    Returns:
-        In the order of `cases()`.
     """
     # TRITON_INTERPRET decides at import what a kernel is: workers must import without it.
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
@@ -209,15 +216,22 @@ def examine(keys: Iterable[tuple[str, int]] | None = None, workers: int = 2) -> 
         concurrent.futures.ProcessPoolExecutor(workers, mp_context=spawn) as pool,
     ):
         wanted = list(pool.submit(_keys).result() if keys is None else keys)
-        return list(pool.map(_examine, wanted))
+        outcomes = list(pool.map(_examine, wanted))
+    return Outcome(
+        [outcome for outcome in outcomes if isinstance(outcome, Examined)],
+        {key: error for key, error in zip(wanted, outcomes) if isinstance(error, str)},
+    )
 
 
 def _keys() -> list[tuple[str, int]]:
     return [case.key for case in cases()]
 
 
-def _examine(key: tuple[str, int]) -> Examined:
+def _examine(key: tuple[str, int]) -> Examined | str:
     torch.set_num_threads(1)
     case = {case.key: case for case in cases()}[key]
-    code = compile_launch(case.launch, case.capability)
+    try:
+        code = compile_launch(case.launch, case.capability)
+    except Exception as error:  # Triton's and the assembler's have no common class
+        return f"{type(error).__name__}: {error}"
     return Examined(case.name, case.launch.name, case.capability, case.search, case.model, code)
