@@ -26,6 +26,9 @@ MOST_ALU_NARROW_HOPPER = 1.45
 # to it: ptxas 12.9 (Triton 3.9) waits for each product at once where 12.8 does not.
 LEAST_OVERLAP = {"search D8": 0.4, "search D16": 0.4}
 LEAST_OVERLAP_HOPPER = 0.55
+# Moves of spilled registers that a version's assembler makes outside the main loops; inside and in
+# all other kernels there are none.
+SPILLS = {"3.6.0": {("resolve D512", 80): 4, ("search D16", 100): 2, ("sum_codes D8", 90): 3}}
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +62,14 @@ def test_every_case_compiles(outcome: Outcome) -> None:
 
 
 def test_no_register_is_spilled(programs: Programs) -> None:
+    import triton
+
+    known = SPILLS.get(triton.__version__, {})
     spills = {key: sass.count_spills(program) for key, program in programs.items()}
-    assert {key: count for key, count in spills.items() if count} == {}
+    assert {key: n for key, n in spills.items() if n > known.get(key, 0)} == {}
+    for key in known.keys() & programs.keys():
+        for loop in sass.find_main_loops(programs[key]):
+            assert not sass.count(loop.body, {"LDL", "STL"}), key
 
 
 def test_shared_memory_fits(examined: list[Examined]) -> None:
