@@ -71,7 +71,8 @@ def predicted_times(
     for size in H200_SIZES:
         if size.channels == model.channels:
             result = predict(
-                size, cost, search.products, outside / model.rows, model.group, model.hidden
+                *(size, cost, search.products, outside / model.rows),
+                *(model.group, model.block_rows, model.hidden),
             )
             times[size.name] = (result.total_us, result.floor_us)
     return times

@@ -22,7 +22,7 @@ from benchmarks.static.sass import Search
 
 # Channels at which the plain search is compiled, per compute capability: each shipped entry of its
 # tiles at least once. At the second table's, the kernels before and after it as well.
-SEARCHED = {80: (16, 128, 512), 90: (8, 64, 256, 512), 100: (16, 256, 512)}
+SEARCHED = {80: (16, 128, 512), 90: (8, 64, 128, 256, 512), 100: (16, 256, 512)}
 PREPARED = {80: (512,), 90: (8, 256), 100: (16,)}
 
 
@@ -34,12 +34,14 @@ class Model:
         channels: of the rows searched.
         rows: per warp, for the instructions outside the loop.
         group: codes that are scored again per row.
+        block_rows: rows that share one reading of the codes from L2.
         hidden: share of the shorter pipe's work that other warps hide; None: read the loop.
     """
 
     channels: int
     rows: int
     group: int
+    block_rows: int
     hidden: float | None = None
 
 
@@ -96,7 +98,7 @@ def _nearest_code_cases() -> Iterator[Case]:
                 chunks=-(-tiles.width(channels) // tiles.chunk),
                 tcgen05_products=min(128, tiles.block_n) * tiles.block_k * 16 // tiles.warps,
             )
-            model = Model(channels, tiles.block_n // tiles.warps, tiles.group)
+            model = Model(channels, tiles.block_n // tiles.warps, tiles.group, tiles.block_n)
             for launch in launches:
                 name = launch.name.removeprefix("nearest_code_").removesuffix("_kernel")
                 if name == "search":
@@ -138,6 +140,7 @@ def _hopper_cases() -> Iterator[Case]:
                 channels=width if has_norms else (width - 4) // 3,
                 rows=tiling.rows // 4,
                 group=tiling.group,
+                block_rows=hopper.CONSUMERS.value * tiling.rows,
                 # Assumed, not measured: one warpgroup folds under the other's products.
                 hidden=0.93 if tiling.row_state else 1.0,
             )
