@@ -13,8 +13,10 @@ import triton
 
 from benchmarks.static import hazards, sass
 from benchmarks.static.predict import H200_SIZES, predict
-from benchmarks.static.shipped import Examined, examine
+from benchmarks.static.shipped import Examined, Outcome, examine
 
+# Exit status when a kernel did not compile.
+SOME_FAILED = 3
 COLUMNS = {
     "kernel": "kernel",
     "sm": "sm",
@@ -69,7 +71,8 @@ def predicted_times(
     for size in H200_SIZES:
         if size.channels == model.channels:
             result = predict(
-                size, cost, search.products, outside / model.rows, model.group, model.hidden
+                *(size, cost, search.products, outside / model.rows),
+                *(model.group, model.block_rows, model.hidden),
             )
             times[size.name] = (result.total_us, result.floor_us)
     return times
@@ -94,13 +97,32 @@ def _text(value: Any) -> str:
     return "–" if value is None else f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
+def failure_lines(report: dict[str, Any]) -> str:
+    """A line for every case of a report that did not compile."""
+    return "\n".join(
+        f"{name}, sm_{capability}, Triton {report['triton']}: {error}"
+        for name, capability, error in report["failures"]
+    )
+
+
+def summarise_all(outcome: Outcome) -> dict[str, Any]:
+    """The report of a whole run under this process's Triton, as JSON can hold it."""
+    return {
+        "triton": triton.__version__,
+        "rows": [summarise(case) for case in outcome.examined],
+        "failures": [[*key, error] for key, error in outcome.failures.items()],
+    }
+
+
 def other_version(site: str) -> dict[str, Any]:
     """This command's JSON under the Triton of another folder of packages."""
     path = os.pathsep.join([site, *filter(None, [os.environ.get("PYTHONPATH")])])
     command = [sys.executable, "-m", "benchmarks.static", "--json"]
     done = subprocess.run(
-        command, env={**os.environ, "PYTHONPATH": path}, stdout=subprocess.PIPE, check=True
+        command, env={**os.environ, "PYTHONPATH": path}, stdout=subprocess.PIPE, check=False
     )
+    if done.returncode not in (0, SOME_FAILED):
+        raise RuntimeError(f"benchmarks.static failed under the Triton of {site}")
     return json.loads(done.stdout)
 
 
@@ -121,15 +143,19 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     parser.add_argument("--workers", type=int, default=2, help="compilations at once")
     arguments = parser.parse_args()
-    rows = [summarise(case) for case in examine(workers=arguments.workers)]
-    report = {"triton": triton.__version__, "rows": rows}
+    reports = [summarise_all(examine(workers=arguments.workers))]
     if arguments.json:
-        print(json.dumps(report))
+        print(json.dumps(reports[0]))
     elif arguments.triton:
-        print(side_by_side(report, other_version(arguments.triton)))
+        reports.append(other_version(arguments.triton))
+        print(side_by_side(*reports))
     else:
         print(f"Triton {triton.__version__}")
-        print(table(rows))
+        print(table(reports[0]["rows"]))
+    failed = [failure_lines(report) for report in reports if report["failures"]]
+    if failed:
+        print("\n".join(["did not compile:", *failed]), file=sys.stderr)
+        sys.exit(SOME_FAILED)
 
 
 if __name__ == "__main__":

@@ -86,8 +86,15 @@ def compile_launch(launch: Launch, capability: int) -> MachineCode:
     Returns:
         The machine code as text, with its resources.
     Raises:
+        ValueError: the launch leaves it to Triton whether multiply-adds are fused. Triton 3.9
+            warns of that on every first launch, and 3.10 changes the answer.
         Whatever Triton or the assembler raises: a kernel that does not compile is an error.
     """
+    if "enable_fp_fusion" not in launch.keywords:
+        raise ValueError(
+            f"compile_launch: a launch must pass enable_fp_fusion; got none for {launch.name}. "
+            f"Add it to the launcher."
+        )
     target = GPUTarget("cuda", capability, 32)
     backend = make_backend(target)
     kernel = launch.kernel

@@ -2,9 +2,10 @@
 
 A model, not a measurement. Per pair, the matrix unit needs D/2048 clocks of an SM and the ALU pipe
 its instructions / 64; what overlaps costs the larger of the two, what does not costs the sum. The
-rates below are published or measured by others (provenance beside each); the model puts the plain
-tile-and-argmax kernel of flash-kmeans at 2.95 ms for 65536 × 65536 × 128, where its authors
-measured 3.155 ms (fp16), and is 7–33 % optimistic at smaller sizes.
+codes come from L2 meanwhile, no faster than it gives them. The rates below are published or
+measured by others (provenance beside each); the model puts the plain tile-and-argmax kernel of
+flash-kmeans at 2.95 ms for 65536 × 65536 × 128, where its authors measured 3.155 ms (fp16), and is
+7–33 % optimistic at smaller sizes.
 """
 
 from __future__ import annotations
@@ -69,6 +70,7 @@ def predict(
     depth: int,
     tail: float,
     rescored_codes: int,
+    block_rows: int,
     overlap: float | None = None,
 ) -> Prediction:
     """Time of the fast pass and of rescoring its winners.
@@ -79,6 +81,7 @@ def predict(
         depth: products per pair, padding and extra product terms included.
         tail: warp instructions outside the main loop per row.
         rescored_codes: codes read again per row, 16 bits per channel, from L2.
+        block_rows: rows of a block, which read the codes from L2 once for all of them.
         overlap: share of the shorter pipe's work hidden under the longer's; default `cost.overlap`.
     Returns:
         Times in µs.
@@ -87,9 +90,10 @@ def predict(
     matrix = _matrix_clocks(depth)
     vector = max(cost.alu / ALU_LANES, cost.issued / ISSUE_LANES)
     clocks = OVERHEAD * max(matrix, vector) + (1 - hidden) * min(matrix, vector)
+    code_bytes = size.pairs / block_rows * depth * 2
     per_clock = MULTIPROCESSORS * CLOCK_HZ / 1e6
     return Prediction(
-        main_loop_us=size.pairs * clocks / per_clock,
+        main_loop_us=max(size.pairs * clocks / per_clock, code_bytes / L2_BYTES_PER_S * 1e6),
         tail_us=size.rows * tail / (ISSUE_LANES / 32) / per_clock,
         rescore_us=size.rows * rescored_codes * size.channels * 2 / L2_BYTES_PER_S * 1e6,
         floor_us=_floor_us(size),

@@ -22,7 +22,7 @@ from benchmarks.static.sass import Search
 
 # Channels at which the plain search is compiled, per compute capability: each shipped entry of its
 # tiles at least once. At the second table's, the kernels before and after it as well.
-SEARCHED = {80: (16, 128, 512), 90: (8, 64, 256, 512), 100: (16, 256, 512)}
+SEARCHED = {80: (16, 128, 512), 90: (8, 64, 128, 256, 512), 100: (16, 256, 512)}
 PREPARED = {80: (512,), 90: (8, 256), 100: (16,)}
 
 
@@ -34,12 +34,14 @@ class Model:
         channels: of the rows searched.
         rows: per warp, for the instructions outside the loop.
         group: codes that are scored again per row.
+        block_rows: rows that share one reading of the codes from L2.
         hidden: share of the shorter pipe's work that other warps hide; None: read the loop.
     """
 
     channels: int
     rows: int
     group: int
+    block_rows: int
     hidden: float | None = None
 
 
@@ -96,7 +98,7 @@ def _nearest_code_cases() -> Iterator[Case]:
                 chunks=-(-tiles.width(channels) // tiles.chunk),
                 tcgen05_products=min(128, tiles.block_n) * tiles.block_k * 16 // tiles.warps,
             )
-            model = Model(channels, tiles.block_n // tiles.warps, tiles.group)
+            model = Model(channels, tiles.block_n // tiles.warps, tiles.group, tiles.block_n)
             for launch in launches:
                 name = launch.name.removeprefix("nearest_code_").removesuffix("_kernel")
                 if name == "search":
@@ -138,6 +140,7 @@ def _hopper_cases() -> Iterator[Case]:
                 channels=width if has_norms else (width - 4) // 3,
                 rows=tiling.rows // 4,
                 group=tiling.group,
+                block_rows=hopper.CONSUMERS.value * tiling.rows,
                 # Assumed, not measured: one warpgroup folds under the other's products.
                 hidden=0.93 if tiling.row_state else 1.0,
             )
@@ -192,14 +195,21 @@ def _row_cases() -> Iterator[Case]:
             yield Case(f"rows {name} D{channels}", 90, launch)
 
 
-def examine(keys: Iterable[tuple[str, int]] | None = None, workers: int = 2) -> list[Examined]:
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What compiled, in the order of `cases()`, and the error of each (name, capability) that did
+    not."""
+
+    examined: list[Examined]
+    failures: dict[tuple[str, int], str]
+
+
+def examine(keys: Iterable[tuple[str, int]] | None = None, workers: int = 2) -> Outcome:
     """Compile cases in a pool of processes.
 
     Args:
         keys: (name, capability) of the wanted; default all.
         workers: processes at once; each takes about 1 GB.
-    Returns:
-        In the order of `cases()`.
     """
     # TRITON_INTERPRET decides at import what a kernel is: workers must import without it.
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
@@ -209,15 +219,22 @@ def examine(keys: Iterable[tuple[str, int]] | None = None, workers: int = 2) -> 
         concurrent.futures.ProcessPoolExecutor(workers, mp_context=spawn) as pool,
     ):
         wanted = list(pool.submit(_keys).result() if keys is None else keys)
-        return list(pool.map(_examine, wanted))
+        outcomes = list(pool.map(_examine, wanted))
+    return Outcome(
+        [outcome for outcome in outcomes if isinstance(outcome, Examined)],
+        {key: error for key, error in zip(wanted, outcomes) if isinstance(error, str)},
+    )
 
 
 def _keys() -> list[tuple[str, int]]:
     return [case.key for case in cases()]
 
 
-def _examine(key: tuple[str, int]) -> Examined:
+def _examine(key: tuple[str, int]) -> Examined | str:
     torch.set_num_threads(1)
     case = {case.key: case for case in cases()}[key]
-    code = compile_launch(case.launch, case.capability)
+    try:
+        code = compile_launch(case.launch, case.capability)
+    except Exception as error:  # Triton's and the assembler's have no common class
+        return f"{type(error).__name__}: {error}"
     return Examined(case.name, case.launch.name, case.capability, case.search, case.model, code)

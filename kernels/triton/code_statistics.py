@@ -340,6 +340,7 @@ def _sort_by_code(
         num_keys,
         *rows.stride(),
         BLOCK_N=KEYS_PER_PROGRAM,
+        enable_fp_fusion=True,
     )
     return torch.sort(keys, stable=True)
 
@@ -348,7 +349,9 @@ def _run_lengths(keys: Tensor, num_keys: int) -> Tensor:
     """How often each code occurs among the sorted keys, float32."""
     starts, ends = torch.zeros((2, num_keys), dtype=torch.int32, device=keys.device)
     _run_ends_kernel[(triton.cdiv(len(keys), KEYS_PER_PROGRAM),)](
-        keys, starts, ends, len(keys), num_keys, BLOCK_N=KEYS_PER_PROGRAM
+        *(keys, starts, ends, len(keys), num_keys),
+        BLOCK_N=KEYS_PER_PROGRAM,
+        enable_fp_fusion=True,
     )
     lengths = torch.empty(num_keys, dtype=torch.float32, device=keys.device)
     return torch.sub(ends, starts, out=lengths)
@@ -388,6 +391,7 @@ def _segment_sums(
             LENGTH=CHUNK,
             LANES=lanes,
             BLOCK_D=block_d,
+            enable_fp_fusion=True,
         )
         if chunks == 1:
             return

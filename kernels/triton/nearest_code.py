@@ -159,6 +159,7 @@ def _prepare_codes(codebook: Tensor, tiles: Tiles, heads: int, l2: bool) -> _Cod
         BLOCK_D=channels,
         BLOCK_R=rows,
         BUCKETS=buckets,
+        enable_fp_fusion=True,
     )
     codes = _Codes(
         padded,
@@ -183,6 +184,7 @@ def _prepare_codes(codebook: Tensor, tiles: Tiles, heads: int, l2: bool) -> _Cod
         L2=l2,
         BLOCK_R=rows,
         BUCKETS=buckets,
+        enable_fp_fusion=True,
     )
     return codes
 
@@ -278,6 +280,7 @@ def _round_rows(x: Tensor, codes: _Codes, tiles: Tiles, l2: bool) -> tuple[Tenso
         TERMS=tiles.terms,
         L2=l2,
         BLOCK_N=rows,
+        enable_fp_fusion=True,
     )
     return operand, ratio
 
@@ -312,6 +315,7 @@ def _certify(
         EXACT=exact,
         DISTANCE=distances.numel() > 0,
         BLOCK_N=rows,
+        enable_fp_fusion=True,
     )
     return queue
 
@@ -351,6 +355,7 @@ def _resolve(
         INTERPRETED=interpreted,
         num_warps=RESOLVE_WARPS,
         num_stages=2,
+        enable_fp_fusion=True,
     )
 
 

@@ -134,6 +134,16 @@ def _canonical_scores(
 
 
 @triton.jit
+def _largest(values):
+    """The largest of a block's values, as a scalar.
+
+    By way of a column: of what a tcgen05 product has led to, Triton 3.6 lays out the reductions
+    anew, and aborts at one over a tensor of one dimension.
+    """
+    return tl.max(values[:, None], axis=0).item()
+
+
+@triton.jit
 def _settle(
     best_score,
     best_index,
@@ -167,10 +177,10 @@ def _settle(
     codes = tl.load(codes_ptr[:, None] + slots, mask=kept, other=-1)
     alone = last & (rivals == 1) & (best_index < 0)
     contested = tl.where(last & (rivals <= 1), 0, listed)
-    for t in tl.range(0, tl.max(contested, axis=0)):
+    for t in tl.range(0, _largest(contested)):
         upper = tl.load(uppers_ptr + t, mask=t < contested, other=LOWEST)
         competes = (t < contested) & (upper >= lowest)
-        if tl.max(competes.to(tl.int32), axis=0) > 0:
+        if _largest(competes.to(tl.int32)) > 0:
             code = tl.load(codes_ptr + t, mask=competes, other=0)
             score = _canonical_scores(
                 *(x_ptr, codebook_ptr, rows, code, competes, stride_xn, stride_xd),
@@ -434,7 +444,7 @@ def nearest_code_resolve_kernel(
             reaches = wanted[:, None] & (upper >= lowest[:, None]) & (upper > LOWEST)
             reaches = reaches.to(tl.int32)
             new = tl.sum(reaches, axis=1)
-            if (tl.max(listed + new, axis=0) > BLOCK_K) | (tile == tiles):
+            if (_largest(listed + new) > BLOCK_K) | (tile == tiles):
                 best_score, best_index = _settle(
                     *(best_score, best_index, listed_codes_ptr, listed_uppers_ptr, listed),
                     *(
@@ -451,7 +461,7 @@ def nearest_code_resolve_kernel(
                 )
                 listed = tl.zeros((BLOCK_N,), tl.int32)
                 tl.debug_barrier()
-            if tl.max(new, axis=0) > 0:
+            if _largest(new) > 0:
                 at = (listed[:, None] + tl.cumsum(reaches, axis=1) - 1).to(tl.int64)
                 numbers = tl.broadcast_to(codes[None, :], (BLOCK_N, BLOCK_K))
                 tl.store(listed_codes_ptr[:, None] + at, numbers, mask=reaches > 0)

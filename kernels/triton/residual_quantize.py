@@ -103,6 +103,7 @@ def subtract_codes(x: Tensor, codebook: Tensor, indices: Tensor, residual: Tenso
                 X_PACKED=x.is_contiguous(),
                 BOOK_PACKED=codebook.is_contiguous(),
                 **tiles,
+                enable_fp_fusion=True,
             )
 
 
@@ -125,6 +126,7 @@ def sum_of_codes(codebooks: Tensor, indices: Tensor) -> Tensor:
                 *(*codebooks.stride(), *indices.stride()),
                 BOOK_PACKED=codebooks.is_contiguous(),
                 **tiles,
+                enable_fp_fusion=True,
             )
     return quantized
 

@@ -266,6 +266,7 @@ def vector_quantize_forward(
                 X_PACKED=x.is_contiguous(),
                 HAS_MASK=mask is not None,
                 **tiles,
+                enable_fp_fusion=True,
             )
     return quantized, final, distance
 
@@ -309,6 +310,7 @@ def vector_quantize_backward_x(
                 HAS_COMMITMENT=grad_commitment is not None,
                 ROTATION=gradient == "rotation",
                 **tiles,
+                enable_fp_fusion=True,
             )
     return grad_x
 
