@@ -2,6 +2,7 @@
 #
 #   make demo     train the two-level demo and write its pictures to demo-output/
 #   make test     run the tests (one part of them: make test TESTS=tests/ops)
+#   make static   the checks of the GPU kernels' machine code, with the oldest Triton supported
 #   make lint     ruff and clang-format
 #   make types    mypy
 #   make format   let ruff and clang-format rewrite the sources
@@ -12,6 +13,8 @@
 PYTHON ?= python3
 TESTS ?=
 BIN := .venv/bin
+# `make test` checks with the Triton in .venv, the newest that PyTorch allows.
+OLDEST_TRITON := 3.6.0
 # Two threads, so that a test run leaves the rest of a large machine alone.
 export OMP_NUM_THREADS ?= 2
 
@@ -21,16 +24,20 @@ CPP_SOURCES := $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h tests/kernels/*.cpp 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test lint types format clean
+.PHONY: help demo test static lint types format clean
 
 help:
-	@sed -n '3,8s/^#   //p' Makefile
+	@sed -n '3,9s/^#   //p' Makefile
 
 demo: .venv/installed-demo
 	$(BIN)/fastvq demo --out demo-output
 
 test: .venv/installed-test
 	$(BIN)/python -m pytest $(TESTS)
+
+static: .venv/installed-test .venv/triton-$(OLDEST_TRITON)
+	PYTHONPATH=.venv/triton-$(OLDEST_TRITON) \
+		$(BIN)/python -m pytest tests/kernels/triton/test_machine_code.py
 
 lint: .venv/installed-lint
 	$(BIN)/ruff check .
@@ -65,3 +72,6 @@ clean:
 	@$(BIN)/python -c 'import _fastvq_C' || \
 		echo 'fastvq: the C++ kernels were not built; `$(BIN)/pip install -v -e .` says why.' >&2
 	touch $@
+
+.venv/triton-%: .venv/created
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --target $@ triton==$*
