@@ -102,7 +102,9 @@ def search(
     """
     if backend == "triton":
         return _search_triton(x, codebook, metric, precision, return_distance)
-    indices, distance = _search_cpu_or_reference(x, codebook, metric, backend)
+    if backend == "cpp":
+        return _search_cpp(x, codebook, metric, return_distance)
+    indices, distance = reference.nearest_code(x, codebook, metric=metric)
     return indices, distance if return_distance else distance.new_empty(0)
 
 
@@ -121,33 +123,28 @@ def _search_triton(
     return indices.view(x.shape[:-1]), distance.view(x.shape[:-1]) if return_distance else distance
 
 
-def _search_cpu_or_reference(
-    x: Tensor, codebook: Tensor, metric: str, backend: str
+def _search_cpp(
+    x: Tensor, codebook: Tensor, metric: str, return_distance: bool
 ) -> tuple[Tensor, Tensor]:
-    if backend == "reference":
-        return reference.nearest_code(x, codebook, metric=metric)
-    if x.dim() == 3:
-        books = codebook if codebook.dim() == 3 else codebook.expand(x.shape[0], -1, -1)
-        pairs = [_search_cpp(rows, book, metric) for rows, book in zip(x, books)]
-        return torch.stack([i for i, _ in pairs]), torch.stack([d for _, d in pairs])
-    return _search_cpp(x, codebook, metric)
-
-
-def _search_cpp(x: Tensor, codebook: Tensor, metric: str) -> tuple[Tensor, Tensor]:
     assert CPU_EXTENSION is not None
     x, codebook = x.contiguous(), codebook.contiguous()
-    indices, distance = _empty_outputs(x, codebook)
-    CPU_EXTENSION.nearest_code(
-        x.data_ptr(),
-        DTYPE_CODES[x.dtype],
-        codebook.data_ptr(),
-        DTYPE_CODES[codebook.dtype],
-        indices.data_ptr(),
-        distance.data_ptr(),
-        *(len(x), *codebook.shape),
-        METRICS.index(metric),
-        torch.get_num_threads(),
-    )
+    indices, distance = _empty_outputs(x, codebook, return_distance)
+    num_rows, dim = x.shape[-2:]
+    num_codes = codebook.shape[-2]
+    codebook_step = num_codes * dim * codebook.element_size() if codebook.dim() == 3 else 0
+    for head in range(len(x) if x.dim() == 3 else 1):
+        first = head * num_rows
+        CPU_EXTENSION.nearest_code(
+            x.data_ptr() + first * dim * x.element_size(),
+            DTYPE_CODES[x.dtype],
+            codebook.data_ptr() + head * codebook_step,
+            DTYPE_CODES[codebook.dtype],
+            indices.data_ptr() + first * indices.element_size(),
+            distance.data_ptr() + first * distance.element_size() if return_distance else 0,
+            *(num_rows, num_codes, dim),
+            METRICS.index(metric),
+            torch.get_num_threads(),
+        )
     return indices, distance
 
 
