@@ -35,6 +35,7 @@ def amx(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
         HERE / "amx_search.cpp": [],
         SOURCES / "nearest_code.cpp": [],
         SOURCES / "nearest_code_generic.cpp": [],
+        SOURCES / "threads.cpp": [],
         SOURCES / "nearest_code_amx.cpp": [*AVX512, emulation],
     }
     running = [
