@@ -151,9 +151,9 @@ def test_degenerate_data_never_ruins_a_codebook(kind: str) -> None:
     torch.manual_seed(0)
     module = VectorQuantize(2, 6, threshold_ema_dead_code=1, kmeans_init=kind == "tiny")
     with torch.no_grad():
-        for step in range(10_000 // 9 + 1):
+        for step in range(10_000):
             module(_degenerate(kind, step))
-            if step % 200 == 0:
+            if step % 1000 == 0:
                 assert all(value.isfinite().all() for value in module.state_dict().values())
         for step in range(60):
             x = torch.randn(64, 2, generator=torch.Generator().manual_seed(step))
