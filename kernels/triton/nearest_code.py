@@ -2,12 +2,16 @@
 
     index[n] = argmin_k Σ_d (x[n, d] − codebook[k, d])²        ("dot": argmax_k Σ_d x·c)
 
-Five kernels, one after the other on the stream, none waiting for the host:
+Six kernels, one after the other on the stream, none waiting for the host:
 
     sum_codes, prepare_codes   nearest_code_codes.py     operands, sizes, duplicates
     search                     nearest_code_search.py    best slot of codes per row, in fp16
     certify                    nearest_code_certify.py   rows that the error bound settles
+    prepare_resolver           nearest_code_codes.py     the codes once more, if any row is left
     resolve                    nearest_code_resolve.py   the others, exactly
+
+Of the codes, no more than one copy in the size of float32 is in memory at a time (of rows
+narrower than 16 channels, the padding besides).
 
 nearest_code.md derives the bound. nearest_code_tiles.py chooses tiles.
 """
@@ -27,6 +31,7 @@ from .nearest_code_certify import nearest_code_certify_kernel
 from .nearest_code_codes import (
     RESOLVER_RECORD,
     nearest_code_prepare_codes_kernel,
+    nearest_code_prepare_resolver_kernel,
     nearest_code_sum_codes_kernel,
 )
 from .nearest_code_resolve import nearest_code_resolve_kernel
@@ -103,6 +108,8 @@ def _search_heads(
         slots = _search(x, codes, tiles, l2)
         queue = _certify(x, codebook, codes, slots, tiles, l2, exact, indices, distances)
         if exact:
+            # The search has read its operand: the resolver's pieces of the codes may lie there.
+            del codes.operand
             _resolve(x, codebook, codes, queue, l2, interpreted, indices, distances)
 
 
@@ -118,9 +125,6 @@ class _Codes:
     channels: int
     operand: Tensor
     norms: Tensor
-    high: Tensor
-    low: Tensor
-    resolver: Tensor
     center: Tensor
     record: Tensor
     queued: Tensor
@@ -167,16 +171,13 @@ def _prepare_codes(codebook: Tensor, tiles: Tiles, heads: int, l2: bool) -> _Cod
         channels,
         operand=empty(books * padded, width, dtype=torch.float16),
         norms=empty(books, padded, dtype=torch.float32),
-        high=empty(books, padded, channels, dtype=torch.float16),
-        low=empty(books, padded, channels, dtype=torch.float16),
-        resolver=empty(books, padded, RESOLVER_RECORD.value, dtype=torch.float32),
         center=empty(books, D, dtype=torch.float32),
         record=record,
         queued=queued,
     )
     nearest_code_prepare_codes_kernel[(triton.cdiv(padded, rows), books)](
         *(codebook, sums, owners, record, codes.center, codes.operand, codes.norms),
-        *(codes.high, codes.low, codes.resolver, K, padded, parts, *codebook.stride()),
+        *(K, padded, parts, *codebook.stride()),
         D=D,
         BLOCK_D=channels,
         WIDTH=width,
@@ -320,6 +321,26 @@ def _certify(
     return queue
 
 
+def _prepare_resolver(
+    codebook: Tensor, codes: _Codes, heads: int, l2: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """High and low pieces of each code, and the records of its scale and norm."""
+    books, K, D = codebook.shape
+    high, low = codebook.new_empty((2, books, codes.padded, codes.channels), dtype=torch.float16)
+    record = codebook.new_empty((books, codes.padded, RESOLVER_RECORD.value), dtype=torch.float32)
+    rows = max(1, CODE_ELEMENTS // codes.channels)
+    nearest_code_prepare_resolver_kernel[(triton.cdiv(codes.padded, rows), books)](
+        *(codebook, codes.record, codes.center, codes.norms, codes.queued, high, low, record),
+        *(K, codes.padded, heads, books, *codebook.stride()),
+        D=D,
+        BLOCK_D=codes.channels,
+        L2=l2,
+        BLOCK_R=rows,
+        enable_fp_fusion=True,
+    )
+    return high, low, record
+
+
 def _resolve(
     x: Tensor,
     codebook: Tensor,
@@ -331,6 +352,7 @@ def _resolve(
     distances: Tensor,
 ) -> None:
     heads, N, D = x.shape
+    pieces = _prepare_resolver(codebook, codes, heads, l2)
     programs = 1
     if not interpreted:
         processors = torch.cuda.get_device_properties(x.device).multi_processor_count
@@ -340,7 +362,7 @@ def _resolve(
     chunk = min(RESOLVE_CHUNK, codes.channels)
     wide = programs * heads * RESOLVE_ROWS * 2 * codes.channels if chunk < codes.channels else 0
     nearest_code_resolve_kernel[(programs, heads)](
-        *(x, codebook, codes.high, codes.low, codes.resolver, codes.center, codes.record),
+        *(x, codebook, *pieces, codes.center, codes.record),
         *(queue, codes.queued),
         *(x.new_empty(lists, dtype=torch.int32), x.new_empty(lists, dtype=torch.float32)),
         *(x.new_empty(wide, dtype=torch.float16), indices, distances),

@@ -23,10 +23,9 @@ from .nearest_code_rows import (
     RECORD,
     RESIDUAL,
     load_rows,
-    not_finite,
     operand_dims,
-    row_exponent,
     row_operand,
+    row_scales,
     scale_ratio,
     scaled,
 )
@@ -207,18 +206,11 @@ def nearest_code_certify_kernel(
     )
 
     # The row's scale, from the same maximum that the search took.
-    largest = tl.zeros((BLOCK_N,), tl.float32)
-    broken = tl.zeros((BLOCK_N,), tl.int32)
-    overflowed = tl.zeros((BLOCK_N,), tl.int32)
-    for start in tl.range(0, WIDTH, CHUNK):
-        dims, held = operand_dims(start + tl.arange(0, CHUNK), D, TERMS)
-        x, bad = load_rows(x_ptr, center_ptr, rows, row_mask, dims, held, stride_xn, stride_xd, L2)
-        broken = tl.maximum(broken, bad)
-        overflowed = tl.maximum(overflowed, tl.max(not_finite(x), axis=1))
-        largest = tl.maximum(largest, tl.max(tl.abs(x), axis=1))
-    largest = tl.where(overflowed > 0, 0.0, largest)
     codes_e = tl.load(record_ptr + EXPONENT)
-    row_e = row_exponent(largest, codes_e, RATIO_TOP, L2)
+    row_e, overflowed, broken = row_scales(
+        *(x_ptr, center_ptr, rows, row_mask, codes_e, stride_xn, stride_xd),
+        *(D, WIDTH, CHUNK, TERMS, RATIO_TOP, L2, BLOCK_N),
+    )
     ratio = scale_ratio(row_e, codes_e, TERMS)
 
     codes = winner[:, None] + SLOTS * tl.arange(0, GROUP)[None, :]

@@ -1,8 +1,9 @@
 """How a codebook becomes operands: centred, scaled, split into fp16 pieces, duplicates dropped.
 
-Two kernels. The first sums the codes and files each under a hash of its channels; the second,
-knowing the mean and the scale, writes the operands of the search and of the resolver. What they
-leave behind per code is float32 at most; sizes and residuals are measured in float64.
+Three kernels. The first sums the codes and files each under a hash of its channels; the second,
+knowing the mean and the scale, writes the operands of the search; the third, after the search,
+writes the resolver's where a row is left for it, into memory that the search's have given back.
+What they leave behind per code is float32 at most; sizes and residuals are measured in float64.
 """
 
 from __future__ import annotations
@@ -162,6 +163,19 @@ def _is_copy(
 
 
 @triton.jit
+def _scaled_codes(codes, center, e, alive):
+    """(codes − centre)·2ᵉ in float64; zeros for the dead."""
+    c = (codes.to(tl.float64) - center.to(tl.float64)[None, :]) * _double_power_of_two(e)
+    return tl.where(alive[:, None], c, 0.0)
+
+
+@triton.jit
+def _half_square(squared, L2: tl.constexpr):
+    """What a code's score is lessened by: half its squared length, or nothing for dot products."""
+    return 0.5 * squared if L2 else 0.0 * squared
+
+
+@triton.jit
 def _split(value):
     """A float64 as fp16 pieces: high, low, and the float64 rest."""
     high = value.to(tl.float32).to(tl.float16)
@@ -220,9 +234,6 @@ def nearest_code_prepare_codes_kernel(
     center_ptr,
     operand_ptr,
     norms_ptr,
-    high_ptr,
-    low_ptr,
-    resolver_ptr,
     K,
     padded_codes,
     parts,
@@ -237,7 +248,7 @@ def nearest_code_prepare_codes_kernel(
     BLOCK_R: tl.constexpr,
     BUCKETS: tl.constexpr,
 ):
-    """Operands of the search and of the resolver, and the sizes that the bound is made of.
+    """Operands of the search, and the sizes that the bound is made of.
 
     A program owns BLOCK_R codes, padding included. Codes that hold NaN or Inf, copies of a code
     of lower number, and padding are dead: zeros with a norm that nothing survives.
@@ -276,11 +287,9 @@ def nearest_code_prepare_codes_kernel(
         BUCKETS,
     )
     alive = finite & (copy == 0)
-    scale = _double_power_of_two(e)
-    c = (codes.to(tl.float64) - center.to(tl.float64)[None, :]) * scale
-    c = tl.where(alive[:, None], c, 0.0)
+    c = _scaled_codes(codes, center, e, alive)
     squared = tl.sum(c * c, axis=1)
-    norm = 0.5 * squared if L2 else 0.0 * squared
+    norm = _half_square(squared, L2)
     high, low, rest = _split(c)
     if TERMS == 1:
         rest += low.to(tl.float64)
@@ -298,13 +307,64 @@ def nearest_code_prepare_codes_kernel(
         operand_ptr + out * WIDTH, high, low, norm, alive, inside, dims, dim_mask, D, WIDTH, TERMS
     )
 
-    # The same codes with a scale each, for the resolver.
-    own = tl.maximum((_double_exponent(squared) >> 1) - CODE_TOP, CODE_BOTTOM)
-    own_scale = _double_power_of_two(-own)
-    high, low, _ = _split(c * own_scale[:, None])
-    at = out[:, None] * BLOCK_D + dims[None, :]
-    tl.store(high_ptr + at, high, mask=inside[:, None])
-    tl.store(low_ptr + at, low, mask=inside[:, None])
-    half_square = tl.where(alive, (norm * own_scale * own_scale).to(tl.float32), DEAD)
-    tl.store(resolver_ptr + out * RESOLVER_RECORD, power_of_two(own), mask=inside)
-    tl.store(resolver_ptr + out * RESOLVER_RECORD + 1, half_square, mask=inside)
+
+@triton.jit
+def nearest_code_prepare_resolver_kernel(
+    codebook_ptr,
+    record_ptr,
+    center_ptr,
+    norms_ptr,
+    queued_ptr,
+    high_ptr,
+    low_ptr,
+    resolver_ptr,
+    K,
+    padded_codes,
+    heads,
+    num_books,
+    stride_ch,
+    stride_ck,
+    stride_cd,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    L2: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """The codes again with a scale each, in two fp16 pieces, if any row waits for the resolver.
+
+    A program owns BLOCK_R codes, padding included. Which of them are dead it reads in the norms.
+    """
+    book = tl.program_id(1).to(tl.int64)
+    waiting = tl.load(queued_ptr + book)
+    for head in tl.range(book + num_books, heads, num_books):
+        waiting += tl.load(queued_ptr + head)
+    if waiting > 0:
+        dims = tl.arange(0, BLOCK_D)
+        dim_mask = dims < D
+        rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+        inside = rows < padded_codes
+        out = book * padded_codes + rows
+        alive = tl.load(norms_ptr + out, mask=inside, other=DEAD_NORM) < DEAD_NORM
+        codes, _ = _load_codes(
+            codebook_ptr + book * stride_ch,
+            rows,
+            alive & (rows < K),
+            dims,
+            dim_mask,
+            stride_ck,
+            stride_cd,
+        )
+        center = tl.load(center_ptr + book * D + dims, mask=dim_mask, other=0.0)
+        e = tl.load(record_ptr + book * RECORD + EXPONENT)
+        c = _scaled_codes(codes, center, e, alive)
+        squared = tl.sum(c * c, axis=1)
+        own = tl.maximum((_double_exponent(squared) >> 1) - CODE_TOP, CODE_BOTTOM)
+        own_scale = _double_power_of_two(-own)
+        high, low, _ = _split(c * own_scale[:, None])
+        at = out[:, None] * BLOCK_D + dims[None, :]
+        tl.store(high_ptr + at, high, mask=inside[:, None])
+        tl.store(low_ptr + at, low, mask=inside[:, None])
+        norm = _half_square(squared, L2) * own_scale * own_scale
+        half_square = tl.where(alive, norm.to(tl.float32), DEAD)
+        tl.store(resolver_ptr + out * RESOLVER_RECORD, power_of_two(own), mask=inside)
+        tl.store(resolver_ptr + out * RESOLVER_RECORD + 1, half_square, mask=inside)

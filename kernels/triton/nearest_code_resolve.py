@@ -27,9 +27,8 @@ from .nearest_code_rows import (
     LOWEST,
     RECORD,
     load_rows,
-    not_finite,
     power_of_two,
-    row_exponent,
+    row_scales,
     scaled,
 )
 
@@ -193,35 +192,6 @@ def _settle(
             best_index = tl.where(better, code, best_index)
     best_index = tl.where(alone, tl.max(codes, axis=1), best_index)
     return best_score, best_index
-
-
-@triton.jit
-def _row_scales(
-    x_ptr,
-    center_ptr,
-    rows,
-    row_mask,
-    codes_e,
-    stride_xn,
-    stride_xd,
-    D: tl.constexpr,
-    WIDTH: tl.constexpr,
-    CHUNK: tl.constexpr,
-    L2: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """Exponents of the rows' scales, and which rows have none for they overflowed when centred."""
-    largest = tl.zeros((BLOCK_N,), tl.float32)
-    overflowed = tl.zeros((BLOCK_N,), tl.int32)
-    for start in tl.range(0, WIDTH, CHUNK):
-        dims = start + tl.arange(0, CHUNK)
-        x, _ = load_rows(
-            x_ptr, center_ptr, rows, row_mask, dims, dims < D, stride_xn, stride_xd, L2
-        )
-        overflowed = tl.maximum(overflowed, tl.max(not_finite(x), axis=1))
-        largest = tl.maximum(largest, tl.max(tl.abs(x), axis=1))
-    largest = tl.where(overflowed > 0, 0.0, largest)
-    return row_exponent(largest, codes_e, RATIO_TOP, L2), overflowed
 
 
 @triton.jit
@@ -409,9 +379,9 @@ def nearest_code_resolve_kernel(
         place = block * BLOCK_N + tl.arange(0, BLOCK_N)
         row_mask = place < queued
         rows = tl.load(queue_ptr + place, mask=row_mask, other=0).to(tl.int64)
-        row_e, overflowed = _row_scales(
+        row_e, overflowed, _ = row_scales(
             *(x_ptr, center_ptr, rows, row_mask, codes_e, stride_xn, stride_xd),
-            *(D, WIDTH, CHUNK, L2, BLOCK_N),
+            *(D, WIDTH, CHUNK, 1, RATIO_TOP, L2, BLOCK_N),
         )
         x_high, x_low, squared, low_squared, rest_squared = _row_pieces(
             *(pieces, x_ptr, center_ptr, rows, row_mask, row_e, overflowed, stride_xn, stride_xd),

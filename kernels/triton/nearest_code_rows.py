@@ -120,3 +120,37 @@ def row_operand(x, ratio, columns, D: tl.constexpr, TERMS: tl.constexpr):
         operand = tl.where(is_norm, ratio[:, None].to(tl.float16), operand)
         operand = tl.where(column == 3 * D + 3, PADDING, operand.to(tl.float32)).to(tl.float16)
     return operand
+
+
+@triton.jit
+def row_scales(
+    x_ptr,
+    center_ptr,
+    rows,
+    row_mask,
+    codes_e,
+    stride_xn,
+    stride_xd,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    CHUNK: tl.constexpr,
+    TERMS: tl.constexpr,
+    HIGHEST: tl.constexpr,
+    L2: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Exponents of the rows' scales; which rows overflowed when centred; which hold NaN or ±Inf.
+
+    A row that overflowed has no scale: it gets that of a row of zeros.
+    """
+    largest = tl.zeros((BLOCK_N,), tl.float32)
+    overflowed = tl.zeros((BLOCK_N,), tl.int32)
+    broken = tl.zeros((BLOCK_N,), tl.int32)
+    for start in tl.range(0, WIDTH, CHUNK):
+        dims, held = operand_dims(start + tl.arange(0, CHUNK), D, TERMS)
+        x, bad = load_rows(x_ptr, center_ptr, rows, row_mask, dims, held, stride_xn, stride_xd, L2)
+        broken = tl.maximum(broken, bad)
+        overflowed = tl.maximum(overflowed, tl.max(not_finite(x), axis=1))
+        largest = tl.maximum(largest, tl.max(tl.abs(x), axis=1))
+    largest = tl.where(overflowed > 0, 0.0, largest)
+    return row_exponent(largest, codes_e, HIGHEST, L2), overflowed, broken
