@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from pathlib import Path
 from typing import Any, cast
 
@@ -132,7 +133,10 @@ class PriorTask:
             "code_shapes": folder.shapes,
             "maps": len(folder),
             "class_names": self.class_names,
-            "stage1": folder.stage1,
+            "stage1": {
+                **folder.stage1,
+                "from_run": os.path.relpath(folder.stage1["path"], Path(config.run).absolute()),
+            },
         }
 
     def batches(self, *, start_step: int, rank: int, world_size: int) -> BatchIterator:

@@ -171,7 +171,14 @@ class Run:
     def stage1(self) -> Path | None:
         """Of a prior: the run whose codes it models. None for other kinds."""
         stage1 = self.resolved.get("stage1")
-        return None if stage1 is None else Path(stage1["path"])
+        if stage1 is None:
+            return None
+        path = Path(stage1["path"])
+        if not RunFolder(path).config.is_file():
+            # Moved together with this run, it lies where it lay as seen from here.
+            beside = Path(os.path.normpath(self.path.absolute() / stage1["from_run"]))
+            path = beside if RunFolder(beside).config.is_file() else path
+        return path
 
     @property
     def weights_sha256(self) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -130,8 +132,6 @@ def test_codes_without_classes_refuse_a_class_conditional_prior(
 def test_a_stage1_run_that_went_on_is_refused(
     prior_run: Path, stage1_run: Path, tmp_path: Path
 ) -> None:
-    import json
-
     copy = shutil.copytree(prior_run, tmp_path / "run")
     config = json.loads((copy / "config.json").read_text())
     config["resolved"]["stage1"]["weights_sha256"] = "0" * 64
@@ -140,3 +140,21 @@ def test_a_stage1_run_that_went_on_is_refused(
         load_run(copy).stage1_model()
     with pytest.raises(ValueError, match="it must be a prior; got a vqvae2"):
         load_run(stage1_run).stage1_model()
+
+
+def test_a_prior_finds_its_stage1_run_after_both_were_moved(
+    prior_run: Path, stage1_run: Path, tmp_path: Path
+) -> None:
+    config = json.loads((prior_run / "config.json").read_text())
+    between = Path(config["resolved"]["stage1"]["from_run"])
+    moved = tmp_path / "a" / "b" / "c" / "prior"
+    shutil.copytree(prior_run, moved)
+    beside = Path(os.path.normpath(moved / between))
+    shutil.copytree(stage1_run, beside)
+    config["resolved"]["stage1"]["path"] = str(tmp_path / "no longer there")
+    (moved / "config.json").write_text(json.dumps(config))
+    assert load_run(moved).stage1 == beside
+    load_run(moved).stage1_model()
+    shutil.rmtree(beside)
+    with pytest.raises(ValueError, match="no longer there"):
+        load_run(moved).stage1_model()
