@@ -21,11 +21,15 @@ BACKENDS = ("triton", "cpp", "reference")
 # The kernels that exist, by backend, with the dtypes they read.
 _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _KERNELS: dict[str, frozenset[str]] = {
-    "triton": frozenset({"nearest_code", "code_statistics"}),
+    "triton": frozenset({"nearest_code", "code_statistics", "masked_conv2d"}),
     "cpp": frozenset({"nearest_code", "code_statistics"}),
 }
 # Ops assembled from another op's kernel and ordinary tensor arithmetic.
-_SEARCH = {"vector_quantize": "nearest_code", "residual_quantize": "nearest_code"}
+_ASSEMBLED = {
+    "vector_quantize": "nearest_code",
+    "residual_quantize": "nearest_code",
+    "causal_conv1d": "masked_conv2d",
+}
 # Ops whose default is PyTorch's own convolution, run over the live taps alone.
 _CONVOLUTIONS = frozenset({"masked_conv2d", "causal_conv1d"})
 OPS = (
@@ -62,7 +66,8 @@ def why_not(backend: str, op: str, *tensors: Tensor, by_name: bool = False) -> s
     if backend == "cpp" and CPU_EXTENSION is None:
         return _CPU_EXTENSION_MISSING
     if backend == "triton":
-        return _triton_missing() or (None if interpreted else _gpu_too_old(*tensors))
+        missing = _triton_missing() or (None if interpreted else _gpu_too_old(*tensors))
+        return missing or (None if by_name else _vendor_faster(op, *tensors))
     return None
 
 
@@ -90,6 +95,21 @@ def _gpu_too_old(*tensors: Tensor) -> str | None:
                 f"{capability[0]}.{capability[1]}"
             )
     return None
+
+
+def _vendor_faster(op: str, *tensors: Tensor) -> str | None:
+    if op not in _CONVOLUTIONS or len(tensors) < 2:
+        return None
+    from fastvq.kernels.triton.masked_conv2d_tiles import vendor_is_faster
+
+    x, weight = tensors[:2]
+    if not vendor_is_faster(x, weight, torch.cuda.get_device_capability(x.device)):
+        return None
+    return (
+        f"cuDNN over the live taps is expected to be faster for a weight of "
+        f"{tuple(weight.shape)} (predicted, not measured; see "
+        f"fastvq/kernels/triton/configs/masked_conv2d.json)"
+    )
 
 
 def choose(op: str, backend: str | None, *tensors: Tensor) -> str:
@@ -124,6 +144,8 @@ def _warn_of_fallback(op: str, *tensors: Tensor) -> None:
     backend = "cpp" if on_cpu else "triton"
     if torch.compiler.is_compiling() or _kernel_of(op) not in _KERNELS[backend]:
         return
+    if op in _CONVOLUTIONS and why_not(backend, op, *tensors, by_name=True) is None:
+        return  # PyTorch's convolution was chosen for its speed
     reason = why_not(backend, op, *tensors)
     meant_for_it = all(
         tensor.device.type == _DEVICE[backend] and tensor.dtype != torch.float64
@@ -139,7 +161,7 @@ def _warn_of_fallback(op: str, *tensors: Tensor) -> None:
 
 
 def _kernel_of(op: str) -> str:
-    return _SEARCH.get(op, op)
+    return _ASSEMBLED.get(op, op)
 
 
 def explain(op: str, *tensors: Tensor, backend: str | None = None) -> str:

@@ -43,6 +43,9 @@ def causal_conv1d(
     if backend == "reference":
         return reference.causal_conv1d(x, weight, bias, mask_type=mask_type, dilation=dilation)
     y = masked_conv2d(
-        x[:, :, None], weight[:, :, None], bias, mask_type=mask_type, dilation=dilation
+        *(x[:, :, None], weight[:, :, None], bias),
+        mask_type=mask_type,
+        dilation=dilation,
+        backend=backend,
     )
     return y[:, :, 0]

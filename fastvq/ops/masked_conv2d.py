@@ -7,7 +7,7 @@ that rectangle alone, so masked taps are never loaded, multiplied or given a gra
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -47,10 +47,12 @@ def masked_conv2d(
         bias: (O,) or None.
         mask_type: "A" or "B".
         dilation: distance between taps in pixels, ≥ 1.
-        backend: None runs PyTorch's convolution over the live rectangles; "reference" adds
-            the live taps one by one.
+        backend: "triton" or "reference", which adds the live taps one by one; None chooses,
+            and where no kernel is faster runs PyTorch's convolution over the live rectangles
+            (see `fastvq.ops.explain`).
     Returns:
-        (B, O, H, W) of x's dtype. Differentiable once in x, weight and bias.
+        (B, O, H, W) of x's dtype; channels_last from "triton". Differentiable once in x, weight
+        and bias.
     Raises:
         ValueError: shapes disagree, an even kernel, or an unknown option.
         TypeError: not tensors, or dtypes differ.
@@ -59,12 +61,12 @@ def masked_conv2d(
     """
     op = "masked_conv2d"
     check_convolution(op, x, weight, bias, mask_type, dilation, spatial=2)
-    choose(op, backend, x, weight)
+    chosen = choose(op, backend, x, weight)
     if backend == "reference":
         return reference.masked_conv2d(x, weight, bias, mask_type=mask_type, dilation=dilation)
     x, weight, bias = _under_autocast(x, weight, bias)
     check_same_dtype(op, x, weight, bias)
-    return _MaskedConv2d.apply(x, weight, bias, mask_type, dilation)
+    return _MaskedConv2d.apply(x, weight, bias, mask_type, dilation, chosen)
 
 
 def check_convolution(
@@ -165,30 +167,55 @@ def _seen(x: Tensor, part: _Rectangle) -> Tensor:
 
 
 def _forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, mask_type: str, dilation: int
+    x: Tensor, weight: Tensor, bias: Tensor | None, mask_type: str, dilation: int, backend: str
 ) -> Tensor:
+    if backend == "triton":
+        from fastvq.kernels.triton.masked_conv2d import masked_conv2d_forward
+
+        return masked_conv2d_forward(x, weight, bias, mask_type, dilation)
     y: Tensor | None = None
     for part in _live_rectangles(x, weight, mask_type, dilation):
         taps = weight[:, :, part.rows, part.columns]
         term = F.conv2d(_seen(x, part), taps, bias if y is None else None, dilation=dilation)
         y = term if y is None else y + term
     if y is None:  # a 1×1 kernel of type "A" has no live tap
-        y = _forward_fake(x, weight, bias, mask_type, dilation).zero_()
+        y = _forward_fake(x, weight, bias, mask_type, dilation, backend).zero_()
         if bias is not None:
             y += bias[:, None, None]
     return y.contiguous()
 
 
 def _forward_fake(
-    x: Tensor, weight: Tensor, bias: Tensor | None, mask_type: str, dilation: int
+    x: Tensor, weight: Tensor, bias: Tensor | None, mask_type: str, dilation: int, backend: str
 ) -> Tensor:
-    return x.new_empty((x.shape[0], weight.shape[0], x.shape[2], x.shape[3]))
+    shape = (x.shape[0], weight.shape[0], x.shape[2], x.shape[3])
+    return _empty(x, shape, backend)
+
+
+def _empty(x: Tensor, shape: Sequence[int], backend: str) -> Tensor:
+    layout = torch.channels_last if backend == "triton" else torch.contiguous_format
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
 
 
 def _backward(
+    grad: Tensor, x: Tensor, weight: Tensor, mask_type: str, dilation: int, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients to x, weight and bias."""
+    if backend == "triton":
+        from fastvq.kernels.triton import masked_conv2d as kernels
+
+        return (
+            kernels.masked_conv2d_backward_x(grad, weight, mask_type, dilation),
+            kernels.masked_conv2d_backward_weight(grad, x, weight.shape[2:], mask_type, dilation),
+            grad.sum(dim=(0, 2, 3)),
+        )
+    return _rectangles_backward(grad, x, weight, mask_type, dilation)
+
+
+def _rectangles_backward(
     grad: Tensor, x: Tensor, weight: Tensor, mask_type: str, dilation: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients to x, weight and bias, each rectangle's put back where it was cut out."""
+    """The gradients, each rectangle's put back where it was cut out."""
     height, width = x.shape[2:]
     grad_x = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
     grad_weight = torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device)
@@ -215,35 +242,34 @@ def _backward(
 
 class _MaskedConv2d(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, mask_type: str, dilation: int
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.mask_type, ctx.dilation, ctx.has_bias = mask_type, dilation, bias is not None
-        return torch.ops.fastvq.masked_conv2d(x, weight, bias, mask_type, dilation)
+        ctx.options, ctx.has_bias = options, bias is not None
+        return torch.ops.fastvq.masked_conv2d(x, weight, bias, *options)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         grad_x, grad_weight, grad_bias = torch.ops.fastvq.masked_conv2d_backward(
-            grad, x, weight, ctx.mask_type, ctx.dilation
+            grad, x, weight, *ctx.options
         )
-        return grad_x, grad_weight, grad_bias if ctx.has_bias else None, None, None
+        return grad_x, grad_weight, grad_bias if ctx.has_bias else None, None, None, None
 
 
 register(
-    "masked_conv2d(Tensor x, Tensor weight, Tensor? bias, str mask_type, int dilation) -> Tensor",
+    "masked_conv2d(Tensor x, Tensor weight, Tensor? bias, str mask_type, int dilation, "
+    "str backend) -> Tensor",
     _forward,
     _forward_fake,
 )
 register(
-    "masked_conv2d_backward(Tensor grad, Tensor x, Tensor weight, str mask_type, int dilation)"
-    " -> (Tensor, Tensor, Tensor)",
+    "masked_conv2d_backward(Tensor grad, Tensor x, Tensor weight, str mask_type, int dilation, "
+    "str backend) -> (Tensor, Tensor, Tensor)",
     _backward,
-    lambda grad, x, weight, mask_type, dilation: (
-        torch.empty(x.shape, dtype=x.dtype, device=x.device),
-        torch.empty(weight.shape, dtype=weight.dtype, device=weight.device),
+    lambda grad, x, weight, mask_type, dilation, backend: (
+        _empty(x, x.shape, backend),
+        weight.new_empty(weight.shape),
         grad.new_empty(weight.shape[:1]),
     ),
 )
