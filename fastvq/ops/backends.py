@@ -39,6 +39,7 @@ OPS = (
     "residual_quantize",
     "masked_conv2d",
     "causal_conv1d",
+    "gated_masked_conv",
 )
 _DEVICE = {"triton": "cuda", "cpp": "cpu"}
 _OLDEST_TRITON = (3, 6)
