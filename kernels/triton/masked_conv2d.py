@@ -10,6 +10,8 @@ convolution of sequences is the case of height 1.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -35,6 +37,7 @@ def masked_conv2d_kernel(
     x_ptr,
     weight_ptr,
     bias_ptr,
+    add_ptr,
     y_ptr,
     pixels,
     height,
@@ -47,6 +50,7 @@ def masked_conv2d_kernel(
     KERNEL_WIDTH: tl.constexpr,
     UP: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_ADD: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -87,9 +91,29 @@ def masked_conv2d_kernel(
     )
     if HAS_BIAS:
         total += tl.load(bias_ptr + o, mask=o < OUT_CHANNELS, other=0.0).to(tl.float32)[None, :]
-    at = y_ptr + pixel[:, None] * OUT_CHANNELS + o[None, :]
+    at = pixel[:, None] * OUT_CHANNELS + o[None, :]
     exists = (pixel < pixels)[:, None] & (o < OUT_CHANNELS)[None, :]
-    tl.store(at, total.to(y_ptr.dtype.element_ty), mask=exists)
+    if HAS_ADD:
+        total += tl.load(add_ptr + at, mask=exists, other=0.0).to(tl.float32)
+    tl.store(y_ptr + at, total.to(y_ptr.dtype.element_ty), mask=exists)
+
+
+class Window(NamedTuple):
+    """The live taps of a kernel: in raster order, the first `taps` of `of`.
+
+    `width` is the kernel's; `up` counts the rows before the one in line with the pixel.
+    """
+
+    taps: int
+    of: int
+    width: int
+    up: int
+
+
+def masked_window(kernel_size: tuple[int, int], mask_type: str) -> Window:
+    height, width = kernel_size
+    taps = height // 2 * width + width // 2 + (mask_type == "B")
+    return Window(taps, height * width, width, height // 2)
 
 
 def masked_conv2d_forward(
@@ -105,52 +129,117 @@ def masked_conv2d_forward(
     Returns:
         (B, O, H, W) of x's dtype, channels_last.
     """
-    taps = _live_taps(weight, mask_type)
-    packed = weight.flatten(2)[:, :, :taps].permute(2, 0, 1).contiguous()
-    return _convolve(x, packed, bias, weight.shape[2:], dilation)
+    window = masked_window(weight.shape[2:], mask_type)
+    return convolve(x, taps_by_output(weight, window), bias, window, dilation)
 
 
 def masked_conv2d_backward_x(grad: Tensor, weight: Tensor, mask_type: str, dilation: int) -> Tensor:
     """Gradient to x, (B, C, H, W) of grad's dtype, channels_last; arguments as the forward's."""
-    taps = _live_taps(weight, mask_type)
-    packed = weight.flatten(2)[:, :, :taps].permute(2, 1, 0).contiguous()
-    return _convolve(grad, packed, None, weight.shape[2:], -dilation)
+    window = masked_window(weight.shape[2:], mask_type)
+    return convolve(grad, taps_by_input(weight, window), None, window, -dilation)
 
 
 def masked_conv2d_backward_weight(
     grad: Tensor, x: Tensor, kernel_size: tuple[int, int], mask_type: str, dilation: int
 ) -> Tensor:
     """Gradient to the weight, (O, C, kh, kw) of x's dtype, contiguous; zero at masked taps."""
-    size = (grad.shape[1], x.shape[1], *kernel_size)
+    found = weight_gradient(grad, x, masked_window(kernel_size, mask_type), dilation)
+    return found.view(*found.shape[:2], *kernel_size)
+
+
+def taps_by_output(weight: Tensor, window: Window) -> Tensor:
+    """The live taps as (taps, O, C)."""
+    return weight.flatten(2)[:, :, : window.taps].permute(2, 0, 1).contiguous()
+
+
+def taps_by_input(weight: Tensor, window: Window) -> Tensor:
+    """The live taps as (taps, C, O)."""
+    return weight.flatten(2)[:, :, : window.taps].permute(2, 1, 0).contiguous()
+
+
+def convolve(
+    x: Tensor,
+    packed: Tensor,
+    bias: Tensor | None,
+    window: Window,
+    dilation: int,
+    add: Tensor | None = None,
+) -> Tensor:
+    """Σ over the live taps, the bias and `add`; the kernel is flipped where the dilation is < 0.
+
+    Args:
+        x: (B, C, H, W), any strides.
+        packed: (taps, columns, C).
+        add: (B, columns, H, W) or None, any strides.
+    Returns:
+        (B, columns, H, W), channels_last.
+    """
+    taps, columns, channels = packed.shape
+    y = empty_channels_last(x, columns)
+    if y.numel() == 0:
+        return y
+    if taps == 0 or channels == 0:
+        return y.zero_() if bias is None else y.copy_(bias[:, None, None].expand_as(y))
+    x = channels_last(x)
+    batch, _, height, width = x.shape
+    pixels = batch * height * width
+    tiles = tiles_for("convolution", x, (pixels, columns, channels))
+    blocks = triton.cdiv(pixels, tiles.rows) * triton.cdiv(columns, tiles.columns)
+    with torch.cuda.device_of(x):
+        masked_conv2d_kernel[(blocks,)](
+            *(x, packed, bias, None if add is None else channels_last(add), y),
+            *(pixels, height, width, dilation),
+            taps * triton.cdiv(channels, tiles.depth),
+            CHANNELS=channels,
+            OUT_CHANNELS=columns,
+            TAPS=taps,
+            KERNEL_WIDTH=window.width,
+            UP=window.up,
+            HAS_BIAS=bias is not None,
+            HAS_ADD=add is not None,
+            BLOCK_P=tiles.rows,
+            BLOCK_O=tiles.columns,
+            BLOCK_C=tiles.depth,
+            **launch_options(x, tiles),
+        )
+    return y
+
+
+def weight_gradient(grad: Tensor, x: Tensor, window: Window, dilation: int) -> Tensor:
+    """Gradient to the kernel, (O, C, all its taps) of x's dtype; zero at taps that are not live."""
+    out_channels, channels = grad.shape[1], x.shape[1]
+    size = (out_channels, channels, window.of)
     grad_weight = torch.empty(size, dtype=x.dtype, device=x.device)
-    taps = _live_taps(grad_weight, mask_type)
-    if taps == 0 or x.numel() == 0 or grad.numel() == 0:
+    if window.taps == 0 or x.numel() == 0 or grad.numel() == 0:
         return grad_weight.zero_()
-    grad, x = _channels_last(grad), _channels_last(x)
+    grad, x = channels_last(grad), channels_last(x)
     height, width = x.shape[2:]
     pixels = len(x) * height * width
-    tiles = _tiles_for("grad_weight", x, (size[0], size[1], pixels))
-    blocks = triton.cdiv(taps, tiles.taps)
-    blocks *= triton.cdiv(size[0], tiles.rows) * triton.cdiv(size[1], tiles.columns)
+    tiles = tiles_for("grad_weight", x, (out_channels, channels, pixels))
+    group = min(tiles.taps, window.taps)
+    blocks = triton.cdiv(window.taps, group)
+    blocks *= triton.cdiv(out_channels, tiles.rows) * triton.cdiv(channels, tiles.columns)
     steps = triton.cdiv(pixels, tiles.depth)
     parts = min(steps, triton.cdiv(_wanted_programs(x), blocks), MOST_PARTS)
     steps_per_part = triton.cdiv(steps, parts)
     parts = triton.cdiv(steps, steps_per_part)
-    partial = torch.empty((parts, taps, *size[:2]), dtype=torch.float32, device=x.device)
+    partial = torch.empty(
+        (parts, window.taps, out_channels, channels), dtype=torch.float32, device=x.device
+    )
     with torch.cuda.device_of(x):
         masked_conv2d_grad_weight_kernel[(blocks, parts)](
             *(grad, x, partial, pixels, height, width, dilation, steps_per_part),
             *(tiles.depth // width % height, tiles.depth % width),
-            OUT_CHANNELS=size[0],
-            CHANNELS=size[1],
-            TAPS=taps,
-            KERNEL_WIDTH=kernel_size[1],
-            UP=kernel_size[0] // 2,
-            GROUP=tiles.taps,
+            OUT_CHANNELS=out_channels,
+            CHANNELS=channels,
+            TAPS=window.taps,
+            KERNEL_WIDTH=window.width,
+            UP=window.up,
+            GROUP=group,
             BLOCK_O=tiles.rows,
             BLOCK_C=tiles.columns,
             BLOCK_P=tiles.depth,
-            **_options(x, tiles),
+            **launch_options(x, tiles),
         )
         _sum_parts(partial, grad_weight)
     return grad_weight
@@ -164,9 +253,9 @@ def _wanted_programs(x: Tensor) -> int:
 
 
 def _sum_parts(partial: Tensor, grad_weight: Tensor) -> None:
-    """Add the parts in their order; zeros where a tap is masked."""
+    """Add the parts in their order; zeros where a tap is not live."""
     parts, taps, out_channels, channels = partial.shape
-    kernel_taps = grad_weight[0, 0].numel()
+    kernel_taps = grad_weight.shape[2]
     block_t = triton.next_power_of_2(kernel_taps)
     block_c = max(1, min(SUM_ELEMENTS // block_t, triton.next_power_of_2(channels)))
     masked_conv2d_sum_parts_kernel[(out_channels, triton.cdiv(channels, block_c))](
@@ -181,50 +270,12 @@ def _sum_parts(partial: Tensor, grad_weight: Tensor) -> None:
     )
 
 
-def _convolve(
-    x: Tensor, packed: Tensor, bias: Tensor | None, kernel_size: tuple[int, ...], dilation: int
-) -> Tensor:
-    """Σ over the live taps, `packed` as (taps, columns, channels); flipped where dilation < 0."""
-    taps, columns, channels = packed.shape
-    batch, _, height, width = x.shape
-    y = torch.empty(
-        (batch, columns, height, width),
-        dtype=x.dtype,
-        device=x.device,
-        memory_format=torch.channels_last,
-    )
-    if y.numel() == 0:
-        return y
-    if taps == 0 or channels == 0:
-        return y.zero_() if bias is None else y.copy_(bias[:, None, None].expand_as(y))
-    x = _channels_last(x)
-    pixels = batch * height * width
-    tiles = _tiles_for("convolution", x, (pixels, columns, channels))
-    blocks = triton.cdiv(pixels, tiles.rows) * triton.cdiv(columns, tiles.columns)
-    with torch.cuda.device_of(x):
-        masked_conv2d_kernel[(blocks,)](
-            *(x, packed, bias, y, pixels, height, width, dilation),
-            taps * triton.cdiv(channels, tiles.depth),
-            CHANNELS=channels,
-            OUT_CHANNELS=columns,
-            TAPS=taps,
-            KERNEL_WIDTH=kernel_size[1],
-            UP=kernel_size[0] // 2,
-            HAS_BIAS=bias is not None,
-            BLOCK_P=tiles.rows,
-            BLOCK_O=tiles.columns,
-            BLOCK_C=tiles.depth,
-            **_options(x, tiles),
-        )
-    return y
-
-
-def _tiles_for(kernel: str, x: Tensor, size: tuple[int, int, int]) -> Tiles:
+def tiles_for(kernel: str, x: Tensor, size: tuple[int, int, int]) -> Tiles:
     capability = torch.cuda.get_device_capability(x.device) if x.is_cuda else None
     return choose_tiles(kernel, arithmetic_of(x), capability, size)
 
 
-def _options(x: Tensor, tiles: Tiles) -> dict[str, object]:
+def launch_options(x: Tensor, tiles: Tiles) -> dict[str, object]:
     return {
         "PRECISION": PRECISIONS[arithmetic_of(x)],
         "STAGES": tiles.stages,
@@ -234,10 +285,11 @@ def _options(x: Tensor, tiles: Tiles) -> dict[str, object]:
     }
 
 
-def _live_taps(weight: Tensor, mask_type: str) -> int:
-    """How many taps the mask leaves: in raster order, the first ones."""
-    return weight.shape[2] // 2 * weight.shape[3] + weight.shape[3] // 2 + (mask_type == "B")
-
-
-def _channels_last(x: Tensor) -> Tensor:
+def channels_last(x: Tensor) -> Tensor:
+    """The same numbers with a pixel's channels side by side, pixels one after the other."""
     return x.contiguous(memory_format=torch.channels_last)
+
+
+def empty_channels_last(x: Tensor, channels: int) -> Tensor:
+    size = (x.shape[0], channels, *x.shape[2:])
+    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from unittest import mock
-
 import pytest
 import torch
 from tolerances import assert_within, rounding_bound, sum_bound
@@ -183,14 +181,14 @@ def test_wide_layers_go_to_the_vendor_and_explain_says_so(monkeypatch) -> None:
     from fastvq.ops import backends
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(backends, "_gpu_too_old", lambda *tensors: None)
     monkeypatch.setattr(backends, "_DEVICE", {"triton": "cpu", "cpp": "cuda"})
     x = torch.zeros(1, 512, 2, 2, dtype=torch.bfloat16)
     narrow, wide = (torch.zeros(512, 512, k, k, dtype=torch.bfloat16) for k in (3, 5))
-    with mock.patch.object(backends, "_gpu_too_old", lambda *tensors: None):
-        assert ops.explain("masked_conv2d", x, narrow).startswith("masked_conv2d: triton")
-        said = ops.explain("masked_conv2d", x, wide)
-        assert said.startswith("masked_conv2d: PyTorch's own convolution, over the live taps")
-        assert "cuDNN over the live taps is expected to be faster" in said
-        assert "predicted, not measured" in said
-        assert backends.choose("masked_conv2d", None, x, wide) == "reference"
-        assert backends.choose("masked_conv2d", "triton", x, wide) == "triton"
+    assert ops.explain("masked_conv2d", x, narrow).startswith("masked_conv2d: triton")
+    said = ops.explain("masked_conv2d", x, wide)
+    assert said.startswith("masked_conv2d: PyTorch's own convolution, over the live taps")
+    assert "cuDNN over the live taps is expected to be faster" in said
+    assert "predicted, not measured" in said
+    assert backends.choose("masked_conv2d", None, x, wide) == "reference"
+    assert backends.choose("masked_conv2d", "triton", x, wide) == "triton"
