@@ -258,6 +258,8 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     layer = _Layer(*arguments)
     if layer.vertical.numel() == 0:
         return tuple(empty.zero_() for empty in _forward_fake(*arguments))  # type: ignore[return-value]
+    if layer.backend == "triton":
+        return _forward_triton(layer)
     w_v, b_v, *_, w_o, b_o = layer.weights
     given = layer.given
     features = F.conv2d(layer.seen_vertical, w_v, b_v, dilation=layer.dilation)
@@ -307,6 +309,8 @@ def _backward(
     grads = _backward_fake(grad_vertical, grad_horizontal, features, *arguments)
     if layer.vertical.numel() == 0:
         return tuple(grad.zero_() for grad in grads)
+    if layer.backend == "triton":
+        return _backward_triton(grad_vertical, grad_horizontal, features, layer, grads)
     w_v, _, _, _, w_vh, _, w_o, _ = layer.weights
     given, backend = layer.given, layer.backend
     grad_horizontal = _channels_last(grad_horizontal)
@@ -343,6 +347,36 @@ def _backward(
     if layer.residual:
         grads[1].add_(grad_horizontal)
     return grads
+
+
+def _forward_triton(layer: _Layer) -> tuple[Tensor, Tensor, Tensor]:
+    from fastvq.kernels.triton import gated_masked_conv as kernels
+
+    out_v, out_h, features = kernels.gated_masked_conv_forward(kernels.Layer(*_for_triton(layer)))
+    return _in_format_of(layer.vertical, out_v), _in_format_of(layer.horizontal, out_h), features
+
+
+def _backward_triton(
+    grad_vertical: Tensor,
+    grad_horizontal: Tensor,
+    features: Tensor,
+    layer: _Layer,
+    empty: tuple[Tensor, ...],
+) -> tuple[Tensor, ...]:
+    from fastvq.kernels.triton import gated_masked_conv as kernels
+
+    found = kernels.gated_masked_conv_backward(
+        grad_vertical, grad_horizontal, features, kernels.Layer(*_for_triton(layer))
+    )
+    grads = [
+        like if value is None else value.view(like.shape) if i > 1 else _in_format_of(like, value)
+        for i, (like, value) in enumerate(zip(empty, found))
+    ]
+    return tuple(grads)
+
+
+def _for_triton(layer: _Layer) -> tuple[Any, ...]:
+    return tuple(value for name, value in layer._asdict().items() if name != "backend")
 
 
 def _backward_fake(

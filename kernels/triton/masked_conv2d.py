@@ -18,7 +18,7 @@ from torch import Tensor
 import triton
 import triton.language as tl
 
-from .masked_conv2d_taps import NOWHERE, add_taps, pixel_rows_columns
+from .masked_conv2d_taps import add_taps, places
 from .masked_conv2d_tiles import Tiles, arithmetic_of, choose_tiles
 from .masked_conv2d_weight import masked_conv2d_grad_weight_kernel, masked_conv2d_sum_parts_kernel
 
@@ -65,29 +65,11 @@ def masked_conv2d_kernel(
     block = tl.program_id(0).to(tl.int64)
     pixel = block // COLUMN_BLOCKS * BLOCK_P + tl.arange(0, BLOCK_P)
     o = (block % COLUMN_BLOCKS).to(tl.int32) * BLOCK_O + tl.arange(0, BLOCK_O)
-    row, column = pixel_rows_columns(pixel, height, width)
-    row = tl.where(pixel < pixels, row, NOWHERE)
     total = add_taps(
         tl.zeros((BLOCK_P, BLOCK_O), tl.float32),
-        x_ptr,
-        weight_ptr,
-        pixel,
-        o % OUT_CHANNELS,
-        row,
-        column,
-        height,
-        width,
-        dilation,
-        OUT_CHANNELS * CHANNELS,
-        steps,
-        CHANNELS,
-        TAPS,
-        KERNEL_WIDTH,
-        UP,
-        BLOCK_C,
-        PRECISION,
-        STAGES,
-        INTERPRETED,
+        *(x_ptr, weight_ptr, o % OUT_CHANNELS, places(pixel, pixels, height, width)),
+        *(dilation, OUT_CHANNELS * CHANNELS, steps),
+        *(CHANNELS, TAPS, KERNEL_WIDTH, UP, BLOCK_C, PRECISION, STAGES, INTERPRETED),
     )
     if HAS_BIAS:
         total += tl.load(bias_ptr + o, mask=o < OUT_CHANNELS, other=0.0).to(tl.float32)[None, :]

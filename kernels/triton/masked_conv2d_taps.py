@@ -16,13 +16,6 @@ NOWHERE = tl.constexpr(-(2**30))
 
 
 @triton.jit
-def pixel_rows_columns(pixel, height, width):
-    """Row and column in its picture of each flat pixel."""
-    row = pixel // width
-    return (row % height).to(tl.int32), (pixel - row * width).to(tl.int32)
-
-
-@triton.jit
 def tap_shift(tap, dilation, KERNEL_WIDTH: tl.constexpr, UP: tl.constexpr):
     """Rows and columns from a pixel to what a tap sees; a negative dilation flips the kernel."""
     rows = (tap // KERNEL_WIDTH - UP) * dilation
@@ -46,16 +39,21 @@ def matrix_product(a, b, total, PRECISION: tl.constexpr, INTERPRETED: tl.constex
 
 
 @triton.jit
+def places(pixel, pixels, height, width):
+    """Where flat pixels are, as `add_taps` takes it: pixel, row, column and the picture's size."""
+    row = pixel // width
+    column = (pixel - row * width).to(tl.int32)
+    row = tl.where(pixel < pixels, (row % height).to(tl.int32), NOWHERE)
+    return pixel, row, column, height, width
+
+
+@triton.jit
 def add_taps(
     total,
     x_ptr,
     weight_ptr,
-    pixel,
     weight_row,
-    row,
-    column,
-    height,
-    width,
+    place,
     dilation,
     tap_stride,
     steps,
@@ -73,6 +71,7 @@ def add_taps(
     `weight` is (taps, rows, CHANNELS), packed, tap_stride numbers to a tap; every row number must
     exist. `steps` is TAPS · ⌈CHANNELS / BLOCK_C⌉, given as a number so that no loop is unrolled.
     """
+    pixel, row, column, height, width = place
     c = tl.arange(0, BLOCK_C)
     x_at = x_ptr + pixel[:, None] * CHANNELS + c[None, :]
     weight_at = weight_ptr + weight_row[None, :].to(tl.int64) * CHANNELS + c[:, None]
@@ -95,3 +94,24 @@ def add_taps(
             b = tl.load(weight_at + at, mask=exists[:, None], other=0.0)
         total = matrix_product(a, b, total, PRECISION, INTERPRETED)
     return total
+
+
+@triton.jit
+def add_products(
+    total,
+    x_ptr,
+    weight_ptr,
+    weight_row,
+    place,
+    steps,
+    CHANNELS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """total[p, n] + Σ_c x[p, c] · weight[weight_row[n], c]: a 1×1 kernel, of one tap."""
+    return add_taps(
+        *(total, x_ptr, weight_ptr, weight_row, place, 1, 0, steps),
+        *(CHANNELS, 1, 1, 0, BLOCK_C, PRECISION, STAGES, INTERPRETED),
+    )

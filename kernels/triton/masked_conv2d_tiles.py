@@ -68,7 +68,7 @@ def choose_tiles(
     """The tiles of a kernel; without a GPU (the interpreter) the default's.
 
     Args:
-        kernel: "convolution" or "grad_weight".
+        kernel: "convolution", "grad_weight", or "gate", of whose columns half are values.
         arithmetic: of `arithmetic_of`.
         capability: of the device, or None.
         size: rows, columns and depth of the whole product.

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .masked_conv2d_taps import inside_picture, matrix_product, pixel_rows_columns, tap_shift
+from .masked_conv2d_taps import inside_picture, matrix_product, places, tap_shift
 
 
 @triton.jit
@@ -61,7 +61,7 @@ def masked_conv2d_grad_weight_kernel(
     part = tl.program_id(1).to(tl.int64)
     first = part * steps_per_part * BLOCK_P
     pixel = first + tl.arange(0, BLOCK_P)
-    row, column = pixel_rows_columns(pixel, height, width)
+    _, row, column, _, _ = places(pixel, first + BLOCK_P, height, width)
     grad_at = grad_ptr + pixel[None, :] * OUT_CHANNELS + o[:, None]
     x_at = x_ptr + pixel[:, None] * CHANNELS + c[None, :]
     totals = ()
