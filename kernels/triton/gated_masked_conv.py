@@ -142,7 +142,8 @@ def _launch(
     pixels = batch * height * width
     condition = 0 if layer.condition is None else layer.condition.shape[1]
     # Both halves of at least 16 gated channels stand side by side in a block.
-    tiles = tiles_for("gate", features, (pixels, 2 * max(LEAST_BLOCK, channels), channels))
+    name = "gate" if kernel is gated_masked_conv_kernel else "gate_backward"
+    tiles = tiles_for(name, features, (pixels, 2 * max(LEAST_BLOCK, channels), channels))
     block_c = tiles.columns // 2
     window = layer.window(stack)
 

@@ -30,16 +30,17 @@ def _mix(bits):
 
 
 @triton.jit
-def _kept(value, dropout, pixel, c, STACK: tl.constexpr, CHANNELS: tl.constexpr):
-    """`value` after dropout: a function of the seed, the stack, the pixel and the channel."""
-    seed_ptr, least, scale = dropout
+def _keep(dropout, pixel, first, STACK: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
+    """Whether dropout keeps channels first … of each pixel: a function of seed, stack and place."""
+    seed_ptr, least, _ = dropout
     PAIRS: tl.constexpr = (CHANNELS + 1) // 2
     seed = tl.load(seed_ptr).to(tl.uint64, bitcast=True)
     stream = _mix(seed + tl.full((), STACK + 1, tl.uint64) * INCREMENT)
-    count = (pixel * PAIRS + 1)[:, None] + (c // 2)[None, :]
+    count = (pixel * PAIRS + 1)[:, None] + (first // 2 + tl.arange(0, BLOCK // 2))[None, :]
+    # One hash serves two channels: its low half the even one, its high half the odd one.
     bits = _mix(stream + count.to(tl.uint64) * INCREMENT)
-    half = tl.where((c % 2 == 0)[None, :], bits & 0xFFFFFFFF, bits >> 32)
-    return tl.where(half.to(tl.int64) >= least, value * scale, 0.0)
+    keeps = tl.join((bits & 0xFFFFFFFF).to(tl.int64) >= least, (bits >> 32).to(tl.int64) >= least)
+    return tl.reshape(keeps, (pixel.shape[0], BLOCK))
 
 
 @triton.jit
@@ -52,20 +53,24 @@ def _halves(tile):
 
 @triton.jit
 def _tanh(x):
+    """tanh(x) and its slope."""
     e = tl.exp(-2.0 * tl.abs(x))
-    value = (1.0 - e) / (1.0 + e)
-    return tl.where(x < 0, -value, value), 4.0 * e / ((1.0 + e) * (1.0 + e))
+    r = 1.0 / (1.0 + e)
+    value = (1.0 - e) * r
+    return tl.where(x < 0, -value, value), 4.0 * e * r * r
 
 
 @triton.jit
 def _sigmoid(x):
+    """σ(x) and its slope."""
     e = tl.exp(-tl.abs(x))
-    return tl.where(x < 0, e, 1.0) / (1.0 + e), e / ((1.0 + e) * (1.0 + e))
+    r = 1.0 / (1.0 + e)
+    return tl.where(x < 0, e, 1.0) * r, e * r * r
 
 
 @triton.jit
 def _block(CHANNELS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Of this program: pixels, channels of the gate, and the row of 2C that each column makes."""
+    """Of this program: pixels, first and all channels of the gate, and each column's row of 2C."""
     COLUMN_BLOCKS: tl.constexpr = (CHANNELS + BLOCK_C - 1) // BLOCK_C
     # int64: pixels · channels passes 2³¹ for long batches.
     block = tl.program_id(0).to(tl.int64)
@@ -73,7 +78,7 @@ def _block(CHANNELS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr)
     first = (block % COLUMN_BLOCKS).to(tl.int32) * BLOCK_C
     column = tl.arange(0, 2 * BLOCK_C)
     half_row = (first + column % BLOCK_C) % CHANNELS
-    return pixel, first + tl.arange(0, BLOCK_C), half_row + column // BLOCK_C * CHANNELS
+    return pixel, first, first + tl.arange(0, BLOCK_C), half_row + column // BLOCK_C * CHANNELS
 
 
 @triton.jit
@@ -180,7 +185,7 @@ def gated_masked_conv_kernel(
     # A program owns BLOCK_P pixels and BLOCK_C gated channels of one stack. On chip stay both
     # halves of the features. Written are the gated channels and, of the vertical stack (0), the
     # features that the link reads; never the horizontal stack's, the class's or the map's share.
-    pixel, c, f_row = _block(CHANNELS, BLOCK_P, BLOCK_C)
+    pixel, first_c, c, f_row = _block(CHANNELS, BLOCK_P, BLOCK_C)
     place = places(pixel, pixels, height, width)
     features = _convolved(
         *(own, link, f_row, place, dilation, CHANNELS, TAPS, KERNEL_WIDTH, UP, STACK),
@@ -203,7 +208,8 @@ def gated_masked_conv_kernel(
     gate, _ = _sigmoid(gates)
     gated = value * gate
     if DROPS:
-        gated = _kept(gated, dropout, pixel, c, STACK, CHANNELS)
+        keep = _keep(dropout, pixel, first_c, STACK, CHANNELS, BLOCK_C)
+        gated = tl.where(keep, gated * dropout[2], 0.0)
     at = out_ptr + (pixel * CHANNELS)[:, None] + c[None, :]
     tl.store(at, gated.to(out_ptr.dtype.element_ty), mask=exists)
 
@@ -246,7 +252,7 @@ def gated_masked_conv_backward_kernel(
     # gate let through, of the vertical one together with what comes back through the link.
     # `through` is (gradient, packed weight, steps) of the 1×1 convolution after the gate ("1"), or
     # of the link ("0").
-    pixel, c, f_row = _block(CHANNELS, BLOCK_P, BLOCK_C)
+    pixel, first_c, c, f_row = _block(CHANNELS, BLOCK_P, BLOCK_C)
     place = places(pixel, pixels, height, width)
     exists = (pixel < pixels)[:, None] & (c < CHANNELS)[None, :]
     through_ptr, through_weight_ptr, through_steps = through
@@ -273,14 +279,15 @@ def gated_masked_conv_backward_kernel(
     values, gates = _halves(features)
     value, value_slope = _tanh(values)
     gate, gate_slope = _sigmoid(gates)
+    if DROPS:
+        keep = _keep(dropout, pixel, first_c, STACK, CHANNELS, BLOCK_C)
+        grad = tl.where(keep, grad * dropout[2], 0.0)
     if STACK == 1:
         gated = value * gate
         if DROPS:
-            gated = _kept(gated, dropout, pixel, c, STACK, CHANNELS)
+            gated = tl.where(keep, gated * dropout[2], 0.0)
         at = gated_ptr + (pixel * CHANNELS)[:, None] + c[None, :]
         tl.store(at, gated.to(gated_ptr.dtype.element_ty), mask=exists)
-    if DROPS:
-        grad = _kept(grad, dropout, pixel, c, STACK, CHANNELS)
     grad_value = grad * gate * value_slope
     grad_gate = grad * value * gate_slope
     if STACK == 1 or HAS_CLASS or CONDITION_CHANNELS > 0:

@@ -68,7 +68,8 @@ def choose_tiles(
     """The tiles of a kernel; without a GPU (the interpreter) the default's.
 
     Args:
-        kernel: "convolution", "grad_weight", or "gate", of whose columns half are values.
+        kernel: "convolution", "grad_weight", or "gate" and "gate_backward", of whose columns half
+            are the gate's.
         arithmetic: of `arithmetic_of`.
         capability: of the device, or None.
         size: rows, columns and depth of the whole product.
