@@ -20,8 +20,9 @@ namespace {
 constexpr int64_t kPixelsOfSums = 1024;
 // The same for the weight gradient, which takes planes pair by pair.
 constexpr int64_t kPixelsOfProducts = 512;
-// Words of one round of the weight gradient: 8 MiB stay in the last-level cache.
-constexpr int64_t kWordsOfRound = int64_t{1} << 21;
+// Words of one round of the weight gradient: 2 MiB, which the caches keep while it
+// is read again and again.
+constexpr int64_t kWordsOfRound = int64_t{1} << 19;
 constexpr int64_t kLeastPixels = 32;
 constexpr int64_t kTasksOfWorker = 4;
 // Multiply-adds in the time in which useful_threads counts one.

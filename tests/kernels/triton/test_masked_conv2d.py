@@ -144,9 +144,9 @@ def test_raw_ops_and_one_graph(device: str) -> None:
     x, weight, bias, grad = _tensors((1, 2, 4, 5), 3, (3, 3), device)
     raw, tests = torch.ops.fastvq, ("test_schema", "test_faketensor")
     for tensor in (x, x.contiguous()):
-        arguments = (tensor, weight, bias, "A", 1, "triton")
+        arguments = (tensor, weight, bias, "A", 1, 1, 1, "triton")
         torch.library.opcheck(raw.masked_conv2d.default, arguments, test_utils=tests)
-        arguments = (grad, tensor, weight, "B", 2, "triton")
+        arguments = (grad, tensor, weight, "B", 2, 1, 1, [True] * 3, "triton")
         torch.library.opcheck(raw.masked_conv2d_backward.default, arguments, test_utils=tests)
 
     def layer(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -180,15 +180,33 @@ def test_every_device_has_tiles(capability: tuple[int, int]) -> None:
 def test_wide_layers_go_to_the_vendor_and_explain_says_so(monkeypatch) -> None:
     from fastvq.ops import backends
 
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(backends, "_gpu_too_old", lambda *tensors: None)
-    monkeypatch.setattr(backends, "_DEVICE", {"triton": "cpu", "cpp": "cuda"})
     x = torch.zeros(1, 512, 2, 2, dtype=torch.bfloat16)
     narrow, wide = (torch.zeros(512, 512, k, k, dtype=torch.bfloat16) for k in (3, 5))
-    assert ops.explain("masked_conv2d", x, narrow).startswith("masked_conv2d: triton")
-    said = ops.explain("masked_conv2d", x, wide)
-    assert said.startswith("masked_conv2d: PyTorch's own convolution, over the live taps")
-    assert "cuDNN over the live taps is expected to be faster" in said
-    assert "predicted, not measured" in said
-    assert backends.choose("masked_conv2d", None, x, wide) == "reference"
-    assert backends.choose("masked_conv2d", "triton", x, wide) == "triton"
+    assert tiles.vendor_is_faster(x, wide, (9, 0))
+    assert not tiles.vendor_is_faster(x, narrow, (9, 0))
+    assert not tiles.vendor_is_faster(x.float(), wide.float(), (9, 0))
+    # As on a GPU: tensors on a CPU are what its kernels take, and none is too old.
+    monkeypatch.setattr(backends, "_DEVICE", {"triton": "cpu", "cpp": "cuda"})
+    monkeypatch.setattr(backends, "_gpu_too_old", lambda *tensors: None)
+    rule = backends._TORCH_IS_FASTER["masked_conv2d", "triton"]
+    assert rule is not None
+    assert rule(x, wide) is None  # a CPU has no capability to look up
+    backends.prefer_torch("masked_conv2d", "triton", lambda x, w: "so" if w is wide else None)
+    try:
+        assert ops.explain("masked_conv2d", x, narrow).startswith("masked_conv2d: triton")
+        said = ops.explain("masked_conv2d", x, wide)
+        assert said.startswith("masked_conv2d: PyTorch's own convolution, over the live taps")
+        assert "but PyTorch's convolution is faster: so" in said
+        assert backends.choose("masked_conv2d", None, x, wide) == "reference"
+        assert backends.choose("masked_conv2d", "triton", x, wide) == "triton"
+    finally:
+        backends.prefer_torch("masked_conv2d", "triton", rule)
+
+
+def test_groups_and_ordered_channels_are_not_for_these_kernels() -> None:
+    x, weight = torch.zeros(1, 4, 3, 3), torch.zeros(4, 2, 3, 3)
+    options = {"mask_type": "B", "backend": "triton"}
+    with pytest.raises(RuntimeError, match="do not divide channels into groups"):
+        ops.masked_conv2d(x, weight, groups=2, **options)
+    with pytest.raises(RuntimeError, match="do not order channels, and channel_groups is 2"):
+        ops.masked_conv2d(x, torch.zeros(4, 4, 3, 3), channel_groups=2, **options)
