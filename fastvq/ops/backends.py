@@ -22,7 +22,7 @@ BACKENDS = ("triton", "cpp", "reference")
 _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _KERNELS: dict[str, frozenset[str]] = {
     "triton": frozenset({"nearest_code", "code_statistics"}),
-    "cpp": frozenset({"nearest_code", "code_statistics"}),
+    "cpp": frozenset({"nearest_code", "code_statistics", "gated_masked_conv"}),
 }
 # Ops assembled from another op's kernel and ordinary tensor arithmetic.
 _SEARCH = {"vector_quantize": "nearest_code", "residual_quantize": "nearest_code"}
