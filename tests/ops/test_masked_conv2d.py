@@ -114,10 +114,14 @@ def test_autocast_casts_as_conv2d_does():
 def test_opcheck_and_compile():
     x, weight, bias = torch.randn(1, 2, 4, 5), torch.randn(3, 2, 3, 3), torch.randn(3)
     raw = torch.ops.fastvq
-    torch.library.opcheck(raw.masked_conv2d.default, (x, weight, bias, "A", 1))
-    torch.library.opcheck(raw.masked_conv2d.default, (x, weight[..., :1, :1], None, "A", 1))
+    torch.library.opcheck(raw.masked_conv2d.default, (x, weight, bias, "A", 1, 1, 1, "cpp"))
+    torch.library.opcheck(
+        raw.masked_conv2d.default, (x, weight[..., :1, :1], None, "A", 1, 1, 1, "reference")
+    )
     grad = torch.randn(1, 3, 4, 5)
-    torch.library.opcheck(raw.masked_conv2d_backward.default, (grad, x, weight, "B", 2))
+    torch.library.opcheck(
+        raw.masked_conv2d_backward.default, (grad, x, weight, "B", 2, 1, 1, [True] * 3, "cpp")
+    )
     compiled = torch.compile(ops.masked_conv2d, fullgraph=True, backend="aot_eager")
     x.requires_grad_()
     y = compiled(x, weight, bias, mask_type="A")
