@@ -1,7 +1,6 @@
 """The gate of one stack as one pass: what the class and the map add, tanh·σ, dropout.
 
-    y = dropout(tanh(f₁ + a₁) ⊙ σ(f₂ + a₂)),   f = Σ of one or two feature maps,
-    a = class bias + condition's map
+    y = dropout(tanh(f₁ + a₁) ⊙ σ(f₂ + a₂)),   a = class bias + condition's map
 
 Indices 1 and 2 are the two halves of the channels. `gated_masked_conv` calls both directions
 between its convolutions; neither is registered or differentiable by itself. Nothing but the
@@ -42,21 +41,18 @@ class Conditioning(NamedTuple):
         return 1.0 / (1.0 - self.dropout) if self.dropout < 1.0 else 0.0
 
 
-def gate(
-    features: Tensor, more: Tensor | None, given: Conditioning, stack: int, backend: str
-) -> Tensor:
+def gate(features: Tensor, given: Conditioning, stack: int, backend: str) -> Tensor:
     """(B, C, H, W) gated features, channels_last.
 
     Args:
         features: (B, 2C, H, W), channels_last.
-        more: the same, to be added to it, or None.
         given: of both stacks.
         stack: VERTICAL or HORIZONTAL.
         backend: "cpp" or "reference"
     """
     if backend == "cpp":
-        return _gate_cpp(features, more, given, stack)
-    values, gates = _added_up(features, more, given, stack).chunk(2, dim=1)
+        return _gate_cpp(features, given, stack)
+    values, gates = _added_up(features, given, stack).chunk(2, dim=1)
     gated = torch.tanh(values).mul_(torch.sigmoid(gates))
     return _dropped(gated, given, stack)
 
@@ -64,7 +60,6 @@ def gate(
 def gate_backward(
     grad: Tensor,
     features: Tensor,
-    more: Tensor | None,
     given: Conditioning,
     stack: int,
     backend: str,
@@ -77,8 +72,8 @@ def gate_backward(
         (B, 2C, H, W), (B, 2C) in at least float32, (B, C, H, W).
     """
     if backend == "cpp":
-        return _gate_backward_cpp(grad, features, more, given, stack)
-    values, gates = _added_up(features, more, given, stack).chunk(2, dim=1)
+        return _gate_backward_cpp(grad, features, given, stack)
+    values, gates = _added_up(features, given, stack).chunk(2, dim=1)
     values, gates = torch.tanh(values), torch.sigmoid(gates)
     grad = _dropped(grad, given, stack)
     to_values = grad * gates * (1.0 - values * values)
@@ -92,9 +87,7 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _added_up(features: Tensor, more: Tensor | None, given: Conditioning, stack: int) -> Tensor:
-    if more is not None:
-        features = features + more
+def _added_up(features: Tensor, given: Conditioning, stack: int) -> Tensor:
     if given.class_bias is not None:
         features = features + given.class_bias.chunk(2, dim=1)[stack][:, :, None, None]
     if given.mapped is not None:
@@ -109,23 +102,23 @@ def _dropped(gated: Tensor, given: Conditioning, stack: int) -> Tensor:
     return torch.where(keep, gated * given.scale, 0.0)
 
 
-def _gate_cpp(features: Tensor, more: Tensor | None, given: Conditioning, stack: int) -> Tensor:
+def _gate_cpp(features: Tensor, given: Conditioning, stack: int) -> Tensor:
     assert CPU_EXTENSION is not None
     gated = _pixels_of(features, features.shape[1] // 2)
-    arguments, _kept = _call(features, more, given, stack)
+    arguments, _kept = _call(features, given, stack)
     CPU_EXTENSION.gated_activation(*arguments, gated.data_ptr(), torch.get_num_threads())
     return gated
 
 
 def _gate_backward_cpp(
-    grad: Tensor, features: Tensor, more: Tensor | None, given: Conditioning, stack: int
+    grad: Tensor, features: Tensor, given: Conditioning, stack: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     assert CPU_EXTENSION is not None
     batch, both, height, width = features.shape
     grad_features, gated = _pixels_of(features, both), _pixels_of(features, both // 2)
     per_picture = -(-height * width // _PIXELS_PER_SUM)
     sums = features.new_empty((batch, per_picture, both), dtype=torch.float32)
-    arguments, _kept = _call(features, more, given, stack)
+    arguments, _kept = _call(features, given, stack)
     CPU_EXTENSION.gated_activation_backward(
         *arguments,
         *(tensor.data_ptr() for tensor in (grad, grad_features, sums, gated)),
@@ -141,7 +134,7 @@ def _pixels_of(features: Tensor, channels: int) -> Tensor:
 
 
 def _call(
-    features: Tensor, more: Tensor | None, given: Conditioning, stack: int
+    features: Tensor, given: Conditioning, stack: int
 ) -> tuple[tuple[float, ...], list[Tensor]]:
     """What the C++ passes take first, and the tensors that must outlive the call."""
     batch, both, height, width = features.shape
@@ -157,7 +150,6 @@ def _call(
         threshold = int(given.dropout * 2**32 + 0.5)
     return (
         features.data_ptr(),
-        0 if more is None else more.data_ptr(),
         *(0 if bias is None else bias.data_ptr() + offset, 2 * both),
         *(0 if mapped is None else mapped.data_ptr() + offset, 2 * both),
         DTYPE_CODES[features.dtype],

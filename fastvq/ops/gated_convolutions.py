@@ -44,9 +44,7 @@ class Convolution(NamedTuple):
         if self.backend == "cpp":
             grad_x = _pixels(grad, self.weight.shape[1]) if onto is None else onto
             _, parts = self._parts
-            live_taps.backward_x(
-                grad, self.weight, grad_x, self._taps, parts, add=onto is not None
-            )
+            live_taps.backward_x(grad, self.weight, grad_x, self._taps, parts, add=onto is not None)
             return grad_x
         x = _pixels(grad, self.weight.shape[1])
         grad_seen, _ = self._convolution_backward(grad, self._seen(x), (True, False))
@@ -71,9 +69,7 @@ class Convolution(NamedTuple):
 
     @property
     def _taps(self) -> tuple[live_taps.Tap, ...]:
-        return live_rectangle(
-            self.weight.shape[2], self.columns, self.up, self.left, self.dilation
-        )
+        return live_rectangle(self.weight.shape[2], self.columns, self.up, self.left, self.dilation)
 
     @property
     def _parts(self) -> tuple[tuple[live_taps.Part, ...], tuple[live_taps.Part, ...]]:
@@ -81,7 +77,7 @@ class Convolution(NamedTuple):
         return (live_taps.Part(out, inputs, (0, 0)),), (live_taps.Part(inputs, out, (0, 0)),)
 
     def _edges(self, x: Tensor) -> tuple[int, int, int, int]:
-        """Rows and columns that the window adds (or, below zero, cuts) left, right, above, below."""
+        """What the window adds left, right, above and below; below zero, what it cuts off."""
         rows, d = self.weight.shape[2], self.dilation
         right, below = self.left + (self.columns - 1) * d, self.up + (rows - 1) * d
         return -self.left, max(right, -x.shape[3]), -self.up, max(below, -x.shape[2])

@@ -508,9 +508,9 @@ const fastvq::GatedActivationPasses& gated_activation_in_use() {
 }
 
 // What both directions of the gate take first.
-#define GATED_ACTIVATION_FORMAT "KKKLKLiLLLKKd"
+#define GATED_ACTIVATION_FORMAT "KKLKLiLLLKKd"
 struct GatedActivationArguments {
-  unsigned long long features, more, class_bias, mapped, stream, threshold;
+  unsigned long long features, class_bias, mapped, stream, threshold;
   long long class_stride, mapped_stride, B, P, C;
   int dtype;
   double scale;
@@ -520,7 +520,6 @@ struct GatedActivationArguments {
     check(B >= 0 && P >= 0 && C >= 1 && num_threads >= 1,
           "_fastvq_C: sizes must be B, P >= 0, C and num_threads >= 1.");
     return {address<const void*>(features),
-            address<const void*>(more),
             address<const void*>(class_bias),
             class_stride,
             address<const void*>(mapped),
@@ -539,7 +538,7 @@ PyObject* gated_activation(PyObject*, PyObject* args) {
   GatedActivationArguments in;
   unsigned long long gated;
   int num_threads;
-  if (!PyArg_ParseTuple(args, GATED_ACTIVATION_FORMAT "Ki", &in.features, &in.more, &in.class_bias,
+  if (!PyArg_ParseTuple(args, GATED_ACTIVATION_FORMAT "Ki", &in.features, &in.class_bias,
                         &in.class_stride, &in.mapped, &in.mapped_stride, &in.dtype, &in.B, &in.P,
                         &in.C, &in.stream, &in.threshold, &in.scale, &gated, &num_threads)) {
     return nullptr;
@@ -559,10 +558,10 @@ PyObject* gated_activation_backward(PyObject*, PyObject* args) {
   GatedActivationArguments in;
   unsigned long long grad, grad_features, sums, gated;
   int num_threads;
-  if (!PyArg_ParseTuple(args, GATED_ACTIVATION_FORMAT "KKKKi", &in.features, &in.more,
-                        &in.class_bias, &in.class_stride, &in.mapped, &in.mapped_stride, &in.dtype,
-                        &in.B, &in.P, &in.C, &in.stream, &in.threshold, &in.scale, &grad,
-                        &grad_features, &sums, &gated, &num_threads)) {
+  if (!PyArg_ParseTuple(args, GATED_ACTIVATION_FORMAT "KKKKi", &in.features, &in.class_bias,
+                        &in.class_stride, &in.mapped, &in.mapped_stride, &in.dtype, &in.B, &in.P,
+                        &in.C, &in.stream, &in.threshold, &in.scale, &grad, &grad_features, &sums,
+                        &gated, &num_threads)) {
     return nullptr;
   }
   return guarded([&]() -> PyObject* {
@@ -655,9 +654,9 @@ PyMethodDef methods[] = {
      "grad_weight, stride_o, stride_c, taps, num_taps, grad_bias, num_threads)\n\n"
      "grad_bias may be 0. See kernels/cpu/masked_conv.h."},
     {"gated_activation", gated_activation, METH_VARARGS,
-     "gated_activation(features, more, class_bias, class_stride, mapped, mapped_stride, dtype, B,\n"
+     "gated_activation(features, class_bias, class_stride, mapped, mapped_stride, dtype, B,\n"
      "P, C, stream, threshold, scale, gated, num_threads)\n\n"
-     "more, class_bias and mapped may be 0. See kernels/cpu/gated_activation.h."},
+     "class_bias and mapped may be 0. See kernels/cpu/gated_activation.h."},
     {"gated_activation_backward", gated_activation_backward, METH_VARARGS,
      "gated_activation_backward(<as gated_activation, up to scale>, grad, grad_features, sums,\n"
      "gated, num_threads)\n\n"

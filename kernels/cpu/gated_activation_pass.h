@@ -81,9 +81,7 @@ class Gate {
   }
 
   FASTVQ_INLINE Floats features(int64_t n, int64_t c, int64_t count) const {
-    const int64_t at = n * 2 * call_.C + c;
-    Floats sum = read(call_.features, at, count);
-    if (call_.more != nullptr) sum += read(call_.more, at, count);
+    Floats sum = read(call_.features, n * 2 * call_.C + c, count);
     if (call_.class_bias != nullptr) {
       sum += read(call_.class_bias, n / call_.P * call_.class_stride + c, count);
     }
