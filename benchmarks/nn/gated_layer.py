@@ -43,8 +43,8 @@ def prepare(case: dict[str, Any], context: Context) -> Prepared:
     expected = [result.clone() for result in ours()]
     for name, run, memory_format in (
         ("fastvq, contiguous", layer, torch.contiguous_format),
-        ("eager padded crop", _padded_crop(layer), torch.contiguous_format),
-        ("eager padded crop, channels_last", _padded_crop(layer), torch.channels_last),
+        ("eager padded crop", padded_crop(layer), torch.contiguous_format),
+        ("eager padded crop, channels_last", padded_crop(layer), torch.channels_last),
     ):
 
         def checked(
@@ -61,7 +61,7 @@ def prepare(case: dict[str, Any], context: Context) -> Prepared:
     return prepared
 
 
-def _padded_crop(layer: GatedMaskedConv2d) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+def padded_crop(layer: GatedMaskedConv2d) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """The layer as users write it, with mask type "B", from the same weights."""
     side, live = layer.kernel_size // 2, layer.kernel_size // 2 + 1
 

@@ -58,33 +58,26 @@ def gate(features: Tensor, given: Conditioning, stack: int, backend: str) -> Ten
 
 
 def gate_backward(
-    grad: Tensor,
-    features: Tensor,
-    given: Conditioning,
-    stack: int,
-    backend: str,
+    grad: Tensor, features: Tensor, given: Conditioning, stack: int, backend: str, *, reuse: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradient to the features, its sum over each picture, and the gated features again.
 
     Args:
         grad: (B, C, H, W), to the gated features; channels_last. The others as for `gate`.
+        reuse: let the results overwrite `features` and `grad`.
     Returns:
         (B, 2C, H, W), (B, 2C) in at least float32, (B, C, H, W).
     """
     if backend == "cpp":
-        return _gate_backward_cpp(grad, features, given, stack)
+        return _gate_backward_cpp(grad, features, given, stack, reuse)
     values, gates = _added_up(features, given, stack).chunk(2, dim=1)
     values, gates = torch.tanh(values), torch.sigmoid(gates)
     grad = _dropped(grad, given, stack)
     to_values = grad * gates * (1.0 - values * values)
     to_gates = grad * values * gates * (1.0 - gates)
     grad_features = torch.cat([to_values, to_gates], dim=1)
-    sums = grad_features.sum(dim=(2, 3), dtype=_accumulator(grad.dtype))
+    sums = grad_features.sum(dim=(2, 3), dtype=torch.promote_types(grad.dtype, torch.float32))
     return grad_features, sums, _dropped(values.mul_(gates), given, stack)
-
-
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
 
 
 def _added_up(features: Tensor, given: Conditioning, stack: int) -> Tensor:
@@ -111,11 +104,13 @@ def _gate_cpp(features: Tensor, given: Conditioning, stack: int) -> Tensor:
 
 
 def _gate_backward_cpp(
-    grad: Tensor, features: Tensor, given: Conditioning, stack: int
+    grad: Tensor, features: Tensor, given: Conditioning, stack: int, reuse: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     assert CPU_EXTENSION is not None
     batch, both, height, width = features.shape
-    grad_features, gated = _pixels_of(features, both), _pixels_of(features, both // 2)
+    grad_features, gated = features, grad
+    if not reuse:
+        grad_features, gated = _pixels_of(features, both), _pixels_of(features, both // 2)
     per_picture = -(-height * width // _PIXELS_PER_SUM)
     sums = features.new_empty((batch, per_picture, both), dtype=torch.float32)
     arguments, _kept = _call(features, given, stack)

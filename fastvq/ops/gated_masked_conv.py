@@ -105,18 +105,17 @@ def gated_masked_conv(
     casts = residual and floats[1] is not horizontal
     if floats[1] is floats[0]:  # torch.compile refuses one tensor as two inputs of a Function
         floats[1] = floats[1].view_as(floats[1])
-    options = (dropout, mask_type, dilation, residual and not casts)
     if backend == "reference":
         out_v, out_h = reference.gated_masked_conv(
-            floats[0],
-            floats[1],
-            floats[5:],
-            *floats[2:5],
-            seed,
-            **dict(zip(("dropout", "mask_type", "dilation", "residual"), options)),
+            *(floats[0], floats[1], tuple(floats[5:]), floats[2], floats[3], floats[4], seed),
+            mask_type=mask_type,
+            dilation=dilation,
+            dropout=dropout,
+            residual=residual and not casts,
         )
     else:
-        out_v, out_h = _GatedMaskedConv.apply(seed, *options, chosen, *floats)
+        options = (dropout, mask_type, dilation, residual and not casts, chosen)
+        out_v, out_h = _GatedMaskedConv.apply(seed, *options, *floats)
     return out_v, out_h + horizontal if casts else out_h
 
 
@@ -273,15 +272,20 @@ def _laid_out_as(like: Tensor, value: Tensor) -> Tensor:
 
 
 def _backward(
-    grad_vertical: Tensor, grad_horizontal: Tensor, features: Tensor, *arguments: Any
+    grad_vertical: Tensor,
+    grad_horizontal: Tensor,
+    features: Tensor,
+    wanted: list[bool],
+    *arguments: Any,
 ) -> tuple[Tensor, ...]:
     """Gradients to vertical, horizontal, class_bias, condition, condition_weight, weights.
 
-    Those to an absent tensor are empty. The sum of the link's gradient to v' over all pixels is
-    W_vhᵀ times that of h', so no bias needs a pass of its own.
+    Those to an absent tensor, and to an unwanted one of the inputs, are empty. Over all pixels the
+    link's gradient to v' adds up to W_vhᵀ times the sum of that to h', so no bias needs a pass of
+    its own.
     """
-    layer = _Layer(*arguments)
-    grads = _backward_fake(grad_vertical, grad_horizontal, features, *arguments)
+    layer, features = _Layer(*arguments), channels_last(features)
+    grads = _backward_fake(grad_vertical, grad_horizontal, features, wanted, *arguments)
     if layer.vertical.numel() == 0:
         return tuple(grad.zero_() for grad in grads)
     given, backend = layer.given, layer.backend
@@ -291,19 +295,20 @@ def _backward(
         conv_o.backward_x(grad_out),
         layer.horizontal_features(features),
         *(given, HORIZONTAL, backend),
+        reuse=True,
     )
     grad_w_o = conv_o.backward_weight(grad_out, gated_h)
     del gated_h
     grad_v, sums_v, _ = gate_backward(
-        channels_last(grad_vertical), features, given, VERTICAL, backend
+        channels_last(grad_vertical), features, given, VERTICAL, backend, reuse=False
     )
-    of_condition = _condition_grads(layer, grad_v, grad_h)
+    of_condition = _condition_grads(layer, grad_v, grad_h, wanted[2])
     grad_v = link.backward_x(grad_h, onto=grad_v)
     total_h = sums_h.sum(dim=0)
     total_v = sums_v.sum(dim=0) + total_h @ link.weight[:, :, 0, 0].to(total_h.dtype)
     found: list[Tensor | None] = [
-        conv_v.backward_x(grad_v),
-        conv_h.backward_x(grad_h, onto=grad_out.clone() if layer.residual else None),
+        conv_v.backward_x(grad_v) if wanted[0] else None,
+        _horizontal_grad(layer, grad_h, grad_out) if wanted[1] else None,
         torch.cat([sums_v, sums_h], dim=1),
         *of_condition,
         *(conv_v.backward_weight(grad_v, layer.vertical), total_v),
@@ -318,29 +323,46 @@ def _backward(
 
 
 def _backward_fake(
-    grad_vertical: Tensor, grad_horizontal: Tensor, features: Tensor, *arguments: Any
+    grad_vertical: Tensor,
+    grad_horizontal: Tensor,
+    features: Tensor,
+    wanted: list[bool],
+    *arguments: Any,
 ) -> tuple[Tensor, ...]:
     layer = _Layer(*arguments)
-    absent = layer.vertical.new_empty
+    conditioning = [
+        layer.class_bias,
+        layer.condition if wanted[2] else None,
+        layer.condition_weight,
+    ]
+    empty = layer.vertical.new_empty(0)
     return (
-        _empty_as(layer.vertical),
-        _empty_as(layer.horizontal),
+        _empty_as(layer.vertical) if wanted[0] else empty,
+        _empty_as(layer.horizontal) if wanted[1] else empty.clone(),
         *(
-            absent(0) if tensor is None else tensor.new_empty(tensor.shape)
-            for tensor in (layer.class_bias, layer.condition, layer.condition_weight)
+            empty.clone() if tensor is None else tensor.new_empty(tensor.shape)
+            for tensor in conditioning
         ),
         *(weight.new_empty(weight.shape) for weight in layer.weights),
     )
 
 
-def _condition_grads(layer: _Layer, grad_v: Tensor, grad_h: Tensor) -> list[Tensor | None]:
-    """To the condition and to its weight, from both stacks' gradients before the gates."""
+def _horizontal_grad(layer: _Layer, grad_h: Tensor, grad_out: Tensor) -> Tensor:
+    conv_h = layer.convolutions[1]
+    return conv_h.backward_x(grad_h, onto=grad_out.clone() if layer.residual else None)
+
+
+def _condition_grads(
+    layer: _Layer, grad_v: Tensor, grad_h: Tensor, wanted: bool
+) -> list[Tensor | None]:
+    """To the condition, if wanted, and to its weight, from both stacks before the gates."""
     if layer.condition is None or layer.condition_weight is None:
         return [None, None]
     grad_condition, grad_weights = None, []
     for grad, weight in zip((grad_v, grad_h), layer.condition_weight.chunk(2, dim=0)):
         conv = pointwise(weight, layer.backend)
-        grad_condition = conv.backward_x(grad, onto=grad_condition)
+        if wanted:
+            grad_condition = conv.backward_x(grad, onto=grad_condition)
         grad_weights.append(conv.backward_weight(grad, layer.condition))
     return [grad_condition, torch.cat(grad_weights)]
 
@@ -359,14 +381,19 @@ class _GatedMaskedConv(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_vertical: Tensor, grad_horizontal: Tensor) -> tuple[Any, ...]:
         features, seed, *floats = ctx.saved_tensors
+        needed = ctx.needs_input_grad[6:]
         grads = _BACKWARD(
             grad_vertical,
             grad_horizontal,
-            *(features, seed, *ctx.options),
+            features,
+            [needed[0], needed[1], needed[3]],
+            *(seed, *ctx.options),
             *(*floats[:5], floats[5:]),
         )
-        wanted = [grad if tensor is not None else None for grad, tensor in zip(grads, floats)]
-        return (*[None] * 6, *wanted)
+        return (
+            *[None] * 6,
+            *(grad if need else None for grad, need in zip(grads, needed)),
+        )
 
 
 _ARGUMENTS = (
@@ -379,7 +406,7 @@ _FORWARD = register(
 )
 _BACKWARD = register(
     "gated_masked_conv_backward(Tensor grad_vertical, Tensor grad_horizontal, Tensor features,"
-    f" {_ARGUMENTS})"
+    f" bool[3] wanted, {_ARGUMENTS})"
     " -> (" + ", ".join(["Tensor"] * 13) + ")",
     _backward,
     _backward_fake,

@@ -660,7 +660,7 @@ PyMethodDef methods[] = {
     {"gated_activation_backward", gated_activation_backward, METH_VARARGS,
      "gated_activation_backward(<as gated_activation, up to scale>, grad, grad_features, sums,\n"
      "gated, num_threads)\n\n"
-     "gated may be 0. See kernels/cpu/gated_activation.h."},
+     "See kernels/cpu/gated_activation.h."},
     {"isa_available", isa_available, METH_NOARGS,
      "Names of the instruction sets this machine has: generic, avx2, avx512, amx."},
     {"isa_in_use", isa_in_use, METH_NOARGS,

@@ -32,7 +32,7 @@ struct GatedActivationPasses {
   void (*forward)(const GatedActivation& call, void* gated, int64_t first, int64_t last);
   // Of the pixels of sums first … last − 1 (sums_per_picture of each picture): grad_features
   // (·, 2C) from grad (·, C); sums (·, 2C), of the unrounded gradients, in pixel order; and the
-  // gated features again where `gated` is not null.
+  // gated features again. grad_features may be the call's features, and gated may be grad.
   void (*backward)(const GatedActivation& call, const void* grad, void* grad_features, float* sums,
                    void* gated, int64_t first, int64_t last);
 };

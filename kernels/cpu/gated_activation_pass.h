@@ -51,16 +51,14 @@ class Gate {
       for (int64_t n = picture + begin; n < picture + end; ++n) {
         const Element* g = static_cast<const Element*>(grad) + n * C;
         Element* to = static_cast<Element*>(grad_features) + n * 2 * C;
-        Element* again = gated == nullptr ? nullptr : static_cast<Element*>(gated) + n * C;
+        Element* again = static_cast<Element*>(gated) + n * C;
         over_channels([&](int64_t c, int64_t count) {
           const ValueAndSlope t = tangent(features(n, c, count));
           const ValueAndSlope s = logistic(features(n, C + c, count));
           const Floats kept = dropped(load_floats<Floats>(g + c, count), n, c);
           put(kept * t.slope * s.value, c, count, to, sum);
           put(kept * t.value * s.slope, C + c, count, to, sum);
-          if (again != nullptr) {
-            store_floats(dropped(t.value * s.value, n, c), again + c, count);
-          }
+          store_floats(dropped(t.value * s.value, n, c), again + c, count);
         });
       }
     }
