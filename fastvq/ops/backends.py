@@ -31,7 +31,15 @@ _KERNELS: dict[str, frozenset[str]] = {
             "gated_masked_conv",
         }
     ),
-    "cpp": frozenset({"nearest_code", "code_statistics", "masked_conv2d", "causal_conv1d"}),
+    "cpp": frozenset(
+        {
+            "nearest_code",
+            "code_statistics",
+            "masked_conv2d",
+            "causal_conv1d",
+            "gated_masked_conv",
+        }
+    ),
 }
 # Ops assembled from another op's kernel and ordinary tensor arithmetic.
 _SEARCH = {"vector_quantize": "nearest_code", "residual_quantize": "nearest_code"}

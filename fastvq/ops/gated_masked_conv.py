@@ -10,7 +10,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastvq.reference import gated_masked_conv as reference
@@ -18,6 +17,7 @@ from fastvq.reference import gated_masked_conv as reference
 from . import checks
 from .backends import choose
 from .gated_activation import HORIZONTAL, VERTICAL, Conditioning, gate, gate_backward
+from .gated_convolutions import Convolution, channels_last, pointwise
 from .masked_conv2d import MASK_TYPES
 from .registration import register
 
@@ -105,18 +105,17 @@ def gated_masked_conv(
     casts = residual and floats[1] is not horizontal
     if floats[1] is floats[0]:  # torch.compile refuses one tensor as two inputs of a Function
         floats[1] = floats[1].view_as(floats[1])
-    options = (dropout, mask_type, dilation, residual and not casts)
     if backend == "reference":
         out_v, out_h = reference.gated_masked_conv(
-            floats[0],
-            floats[1],
-            floats[5:],
-            *floats[2:5],
-            seed,
-            **dict(zip(("dropout", "mask_type", "dilation", "residual"), options)),
+            *(floats[0], floats[1], tuple(floats[5:]), floats[2], floats[3], floats[4], seed),
+            mask_type=mask_type,
+            dilation=dilation,
+            dropout=dropout,
+            residual=residual and not casts,
         )
     else:
-        out_v, out_h = _GatedMaskedConv.apply(seed, *options, chosen, *floats)
+        options = (dropout, mask_type, dilation, residual and not casts, chosen)
+        out_v, out_h = _GatedMaskedConv.apply(seed, *options, *floats)
     return out_v, out_h + horizontal if casts else out_h
 
 
@@ -210,47 +209,27 @@ class _Layer(NamedTuple):
         mapped = None
         if self.condition is not None:
             assert self.condition_weight is not None
-            mapped = F.conv2d(_channels_last(self.condition), self.condition_weight)
+            mapped = pointwise(self.condition_weight, self.backend).forward(self.condition, None)
         return Conditioning(self.class_bias, mapped, self.seed, self.dropout)
 
     @property
-    def seen_vertical(self) -> Tensor:
-        """The vertical input under its kernel's window, zeros outside the picture."""
-        side, (rows, _) = self.reach, self.weights[0].shape[2:]
-        below = (rows - 1) * self.dilation - side
-        x = self.vertical[:, :, : max(self.vertical.shape[2] + below, 0)]
-        height = self.vertical.shape[2] + (rows - 1) * self.dilation
-        return _channels_last(F.pad(x, (side, side, height - x.shape[2], 0)))
+    def convolutions(self) -> tuple[Convolution, Convolution, Convolution, Convolution]:
+        """Vertical, horizontal, link and out."""
+        w_v, _, w_h, _, w_vh, _, w_o, _ = self.weights
+        kernel, d = w_v.shape[3], self.dilation
+        reach, live = d * (kernel // 2), kernel // 2 + (self.mask_type == "B")
+        return (
+            Convolution(w_v, kernel, -reach, -reach, d, self.backend),
+            Convolution(w_h, live, 0, -reach, d, self.backend),
+            pointwise(w_vh, self.backend),
+            pointwise(w_o, self.backend),
+        )
 
-    @property
-    def seen_horizontal(self) -> Tensor:
-        """The horizontal input under the live part of its kernel."""
-        width = self.horizontal.shape[3] + (self.live_columns - 1) * self.dilation
-        padded = F.pad(self.horizontal, (self.reach, 0, 0, 0))
-        return _channels_last(padded[..., :width])
-
-    @property
-    def reach(self) -> int:
-        return self.dilation * (self.weights[0].shape[3] // 2)
-
-    @property
-    def live_columns(self) -> int:
-        return self.weights[2].shape[3] // 2 + (self.mask_type == "B")
-
-    @property
-    def live_horizontal_weight(self) -> Tensor:
-        return self.weights[2][..., : self.live_columns].contiguous()
-
-    def horizontal_features(self, vertical_features: Tensor) -> tuple[Tensor, Tensor]:
-        """W_h * horizontal + b_h and W_vh v' + b_vh: the gate adds them up."""
-        seen, taps = self.seen_horizontal, self.live_horizontal_weight
-        own = F.conv2d(seen, taps, self.weights[3], dilation=self.dilation)
-        return own, F.conv2d(vertical_features, self.weights[4], self.weights[5])
-
-
-def _channels_last(x: Tensor) -> Tensor:
-    """The same numbers with the channels of a pixel side by side, sizes of 1 included."""
-    return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+    def horizontal_features(self, features: Tensor) -> Tensor:
+        """h' from the horizontal input and v'."""
+        _, conv, link, _ = self.convolutions
+        own = conv.forward(self.horizontal, self.weights[3])
+        return link.forward(features, self.weights[5], onto=own)
 
 
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -260,20 +239,17 @@ def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         return tuple(empty.zero_() for empty in _forward_fake(*arguments))  # type: ignore[return-value]
     if layer.backend == "triton":
         return _forward_triton(layer)
-    w_v, b_v, *_, w_o, b_o = layer.weights
-    given = layer.given
-    features = F.conv2d(layer.seen_vertical, w_v, b_v, dilation=layer.dilation)
-    features = _channels_last(features)
-    gated_v = gate(features, None, given, VERTICAL, layer.backend)
-    own, link = layer.horizontal_features(features)
-    gated_h = gate(_channels_last(own), _channels_last(link), given, HORIZONTAL, layer.backend)
-    out_h = F.conv2d(gated_h, w_o, b_o)
-    if layer.residual:
-        out_h = out_h.add_(layer.horizontal)
-    outs = [
-        _in_format_of(x, out) for x, out in ((layer.vertical, gated_v), (layer.horizontal, out_h))
-    ]
-    return outs[0], outs[1], features
+    given, (conv_v, _, _, conv_o) = layer.given, layer.convolutions
+    features = conv_v.forward(layer.vertical, layer.weights[1])
+    gated_v = gate(features, given, VERTICAL, layer.backend)
+    gated_h = gate(layer.horizontal_features(features), given, HORIZONTAL, layer.backend)
+    residual = channels_last(layer.horizontal.clone()) if layer.residual else None
+    out_h = conv_o.forward(gated_h, layer.weights[7], onto=residual)
+    return (
+        _laid_out_as(_empty_as(layer.vertical), gated_v),
+        _laid_out_as(_empty_as(layer.horizontal), out_h),
+        features,
+    )
 
 
 def _forward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -291,88 +267,92 @@ def _empty_as(x: Tensor) -> Tensor:
     return x.new_empty((batch, height, width, channels)).permute(0, 3, 1, 2)
 
 
-def _in_format_of(x: Tensor, y: Tensor) -> Tensor:
-    """y in the memory layout of `_empty_as(x)`; not copied where it has it."""
-    empty = _empty_as(x)
-    return y if y.stride() == empty.stride() else empty.copy_(y)
+def _laid_out_as(like: Tensor, value: Tensor) -> Tensor:
+    """`value` in the dtype and memory layout of `like`; copied, into `like`, where it differs."""
+    same = value.stride() == like.stride() and value.dtype == like.dtype
+    return value if same else like.copy_(value)
 
 
 def _backward(
-    grad_vertical: Tensor, grad_horizontal: Tensor, features: Tensor, *arguments: Any
+    grad_vertical: Tensor,
+    grad_horizontal: Tensor,
+    features: Tensor,
+    wanted: list[bool],
+    *arguments: Any,
 ) -> tuple[Tensor, ...]:
     """Gradients to vertical, horizontal, class_bias, condition, condition_weight, weights.
 
-    Those to an absent tensor are empty. The sum of the link's gradient to v' over all pixels is
-    W_vhᵀ times that of h', so no bias needs a pass of its own.
+    Those to an absent tensor, and to an unwanted one of the inputs, are empty. Over all pixels the
+    link's gradient to v' adds up to W_vhᵀ times the sum of that to h', so no bias needs a pass of
+    its own.
     """
-    layer = _Layer(*arguments)
-    grads = _backward_fake(grad_vertical, grad_horizontal, features, *arguments)
+    layer, features = _Layer(*arguments), channels_last(features)
+    grads = _backward_fake(grad_vertical, grad_horizontal, features, wanted, *arguments)
     if layer.vertical.numel() == 0:
         return tuple(grad.zero_() for grad in grads)
     if layer.backend == "triton":
-        return _backward_triton(grad_vertical, grad_horizontal, features, layer, grads)
-    w_v, _, _, _, w_vh, _, w_o, _ = layer.weights
+        found = _backward_triton(grad_vertical, grad_horizontal, features, wanted, layer)
+        return tuple(
+            grad if value is None else _laid_out_as(grad, value.view(grad.shape))
+            for grad, value in zip(grads, found)
+        )
     given, backend = layer.given, layer.backend
-    grad_horizontal = _channels_last(grad_horizontal)
-    grad_gated = _convolution_input_grad(grad_horizontal, w_o)
-    own, link = map(_channels_last, layer.horizontal_features(features))
-    grad_h, sums_h, gated_h = gate_backward(grad_gated, own, link, given, HORIZONTAL, backend)
-    del own, link, grad_gated
-    grad_w_o = _convolution_weight_grad(grad_horizontal, gated_h, w_o)
+    conv_v, conv_h, link, conv_o = layer.convolutions
+    grad_out = channels_last(grad_horizontal)
+    grad_h, sums_h, gated_h = gate_backward(
+        conv_o.backward_x(grad_out),
+        layer.horizontal_features(features),
+        *(given, HORIZONTAL, backend),
+        reuse=True,
+    )
+    grad_w_o = conv_o.backward_weight(grad_out, gated_h)
     del gated_h
-    grad_seen_h, grad_w_h = _convolution_grads(
-        grad_h, layer.seen_horizontal, layer.live_horizontal_weight, layer.dilation
+    grad_v, sums_v, _ = gate_backward(
+        channels_last(grad_vertical), features, given, VERTICAL, backend, reuse=False
     )
-    grad_v, grad_w_vh = _convolution_grads(grad_h, features, w_vh, 1)
-    gate_v, sums_v, _ = gate_backward(
-        _channels_last(grad_vertical), features, None, given, VERTICAL, backend
-    )
-    grad_v = grad_v + gate_v
-    grad_seen_v, grad_w_v = _convolution_grads(grad_v, layer.seen_vertical, w_v, layer.dilation)
+    of_condition = _condition_grads(layer, grad_v, grad_h, wanted[2])
+    grad_v = link.backward_x(grad_h, onto=grad_v)
     total_h = sums_h.sum(dim=0)
-    total_v = sums_v.sum(dim=0) + total_h @ w_vh[:, :, 0, 0].to(total_h.dtype)
+    total_v = sums_v.sum(dim=0) + total_h @ link.weight[:, :, 0, 0].to(total_h.dtype)
     found: list[Tensor | None] = [
-        _uncut(grad_seen_v, layer.vertical, layer.reach, layer.reach),
-        _uncut(grad_seen_h, layer.horizontal, 0, layer.reach),
+        conv_v.backward_x(grad_v) if wanted[0] else None,
+        _horizontal_grad(layer, grad_h, grad_out) if wanted[1] else None,
         torch.cat([sums_v, sums_h], dim=1),
-        *_condition_grads(layer, gate_v, grad_h),
-        *(grad_w_v, total_v),
-        *(F.pad(grad_w_h, (0, layer.weights[2].shape[3] - layer.live_columns)), total_h),
-        *(grad_w_vh, total_h),
+        *of_condition,
+        *(conv_v.backward_weight(grad_v, layer.vertical), total_v),
+        *(conv_h.backward_weight(grad_h, layer.horizontal), total_h),
+        *(link.backward_weight(grad_h, features), total_h.clone()),
         *(grad_w_o, grad_horizontal.sum(dim=(0, 2, 3))),
     ]
-    for out, value in zip(grads, found):
-        if out.numel():
-            out.copy_(value)
-    if layer.residual:
-        grads[1].add_(grad_horizontal)
-    return grads
+    return tuple(
+        _laid_out_as(grad, value) if grad.numel() and value is not None else grad
+        for grad, value in zip(grads, found)
+    )
 
 
 def _forward_triton(layer: _Layer) -> tuple[Tensor, Tensor, Tensor]:
     from fastvq.kernels.triton import gated_masked_conv as kernels
 
     out_v, out_h, features = kernels.gated_masked_conv_forward(kernels.Layer(*_for_triton(layer)))
-    return _in_format_of(layer.vertical, out_v), _in_format_of(layer.horizontal, out_h), features
+    return (
+        _laid_out_as(_empty_as(layer.vertical), out_v),
+        _laid_out_as(_empty_as(layer.horizontal), out_h),
+        features,
+    )
 
 
 def _backward_triton(
     grad_vertical: Tensor,
     grad_horizontal: Tensor,
     features: Tensor,
+    wanted: list[bool],
     layer: _Layer,
-    empty: tuple[Tensor, ...],
-) -> tuple[Tensor, ...]:
+) -> list[Tensor | None]:
     from fastvq.kernels.triton import gated_masked_conv as kernels
 
-    found = kernels.gated_masked_conv_backward(
-        grad_vertical, grad_horizontal, features, kernels.Layer(*_for_triton(layer))
+    return kernels.gated_masked_conv_backward(
+        grad_vertical, grad_horizontal, features, wanted, kernels.Layer(*_for_triton(layer))
     )
-    grads = [
-        like if value is None else value.view(like.shape) if i > 1 else _in_format_of(like, value)
-        for i, (like, value) in enumerate(zip(empty, found))
-    ]
-    return tuple(grads)
 
 
 def _for_triton(layer: _Layer) -> tuple[Any, ...]:
@@ -380,67 +360,48 @@ def _for_triton(layer: _Layer) -> tuple[Any, ...]:
 
 
 def _backward_fake(
-    grad_vertical: Tensor, grad_horizontal: Tensor, features: Tensor, *arguments: Any
+    grad_vertical: Tensor,
+    grad_horizontal: Tensor,
+    features: Tensor,
+    wanted: list[bool],
+    *arguments: Any,
 ) -> tuple[Tensor, ...]:
     layer = _Layer(*arguments)
-    absent = layer.vertical.new_empty
+    conditioning = [
+        layer.class_bias,
+        layer.condition if wanted[2] else None,
+        layer.condition_weight,
+    ]
+    empty = layer.vertical.new_empty(0)
     return (
-        _empty_as(layer.vertical),
-        _empty_as(layer.horizontal),
+        _empty_as(layer.vertical) if wanted[0] else empty,
+        _empty_as(layer.horizontal) if wanted[1] else empty.clone(),
         *(
-            absent(0) if tensor is None else tensor.new_empty(tensor.shape)
-            for tensor in (layer.class_bias, layer.condition, layer.condition_weight)
+            empty.clone() if tensor is None else tensor.new_empty(tensor.shape)
+            for tensor in conditioning
         ),
         *(weight.new_empty(weight.shape) for weight in layer.weights),
     )
 
 
-def _condition_grads(layer: _Layer, gate_v: Tensor, gate_h: Tensor) -> list[Tensor | None]:
-    """To the condition and to its weight, from both stacks' gradients before the gates."""
+def _horizontal_grad(layer: _Layer, grad_h: Tensor, grad_out: Tensor) -> Tensor:
+    conv_h = layer.convolutions[1]
+    return conv_h.backward_x(grad_h, onto=grad_out.clone() if layer.residual else None)
+
+
+def _condition_grads(
+    layer: _Layer, grad_v: Tensor, grad_h: Tensor, wanted: bool
+) -> list[Tensor | None]:
+    """To the condition, if wanted, and to its weight, from both stacks before the gates."""
     if layer.condition is None or layer.condition_weight is None:
         return [None, None]
-    condition = _channels_last(layer.condition)
-    halves = [
-        _convolution_grads(grad, condition, weight.contiguous(), 1)
-        for grad, weight in zip((gate_v, gate_h), layer.condition_weight.chunk(2, dim=0))
-    ]
-    return [halves[0][0] + halves[1][0], torch.cat([halves[0][1], halves[1][1]])]
-
-
-def _convolution_grads(
-    grad: Tensor, x: Tensor, weight: Tensor, dilation: int
-) -> tuple[Tensor, Tensor]:
-    grad_x, grad_weight, _ = _convolution_backward(grad, x, weight, dilation, (True, True))
-    return grad_x, grad_weight
-
-
-def _convolution_input_grad(grad: Tensor, weight: Tensor) -> Tensor:
-    """Through a 1×1 convolution, whose input is not needed."""
-    batch, _, height, width = grad.shape
-    x = grad.new_empty((batch, height, width, weight.shape[1])).permute(0, 3, 1, 2)
-    return _channels_last(_convolution_backward(grad, x, weight, 1, (True, False))[0])
-
-
-def _convolution_weight_grad(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    return _convolution_backward(grad, x, weight, 1, (False, True))[1]
-
-
-def _convolution_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, dilation: int, wanted: tuple[bool, bool]
-) -> Any:
-    return torch.ops.aten.convolution_backward(
-        *(grad, x, weight, None),
-        *([1, 1], [0, 0], [dilation, dilation]),
-        *(False, [0, 0], 1),
-        [*wanted, False],
-    )
-
-
-def _uncut(grad_seen: Tensor, x: Tensor, above: int, left: int) -> Tensor:
-    """Undo `seen_*`: the part that shows the picture, and zeros for what no window showed."""
-    height, width = x.shape[2:]
-    shown = grad_seen[:, :, above:, left : left + width]
-    return F.pad(shown, (0, width - shown.shape[3], 0, height - shown.shape[2]))
+    grad_condition, grad_weights = None, []
+    for grad, weight in zip((grad_v, grad_h), layer.condition_weight.chunk(2, dim=0)):
+        conv = pointwise(weight, layer.backend)
+        if wanted:
+            grad_condition = conv.backward_x(grad, onto=grad_condition)
+        grad_weights.append(conv.backward_weight(grad, layer.condition))
+    return [grad_condition, torch.cat(grad_weights)]
 
 
 class _GatedMaskedConv(torch.autograd.Function):
@@ -457,14 +418,19 @@ class _GatedMaskedConv(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_vertical: Tensor, grad_horizontal: Tensor) -> tuple[Any, ...]:
         features, seed, *floats = ctx.saved_tensors
+        needed = ctx.needs_input_grad[6:]
         grads = _BACKWARD(
             grad_vertical,
             grad_horizontal,
-            *(features, seed, *ctx.options),
+            features,
+            [needed[0], needed[1], needed[3]],
+            *(seed, *ctx.options),
             *(*floats[:5], floats[5:]),
         )
-        wanted = [grad if tensor is not None else None for grad, tensor in zip(grads, floats)]
-        return (*[None] * 6, *wanted)
+        return (
+            *[None] * 6,
+            *(grad if need else None for grad, need in zip(grads, needed)),
+        )
 
 
 _ARGUMENTS = (
@@ -477,7 +443,7 @@ _FORWARD = register(
 )
 _BACKWARD = register(
     "gated_masked_conv_backward(Tensor grad_vertical, Tensor grad_horizontal, Tensor features,"
-    f" {_ARGUMENTS})"
+    f" bool[3] wanted, {_ARGUMENTS})"
     " -> (" + ", ".join(["Tensor"] * 13) + ")",
     _backward,
     _backward_fake,

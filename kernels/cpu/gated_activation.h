@@ -1,6 +1,6 @@
 // The gate of one stack of a gated PixelCNN layer, and its gradient, over rows of pixels:
 //
-//   y = dropout(tanh(f₁ + a₁) · σ(f₂ + a₂)),   f = features + more,   a = class bias + mapped
+//   y = dropout(tanh(f₁ + a₁) · σ(f₂ + a₂)),   f = features,   a = class bias + mapped
 //
 // Arithmetic is float32 whatever the dtype; results are rounded to it once.
 #pragma once
@@ -11,7 +11,6 @@ namespace fastvq {
 
 struct GatedActivation {
   const void* features;    // (B·P, 2C) contiguous, of `dtype` (rows.h)
-  const void* more;        // the same, or null
   const void* class_bias;  // 2C of picture b at b·class_stride elements, or null
   int64_t class_stride;
   const void* mapped;  // 2C of pixel n at n·mapped_stride elements, or null
@@ -33,7 +32,7 @@ struct GatedActivationPasses {
   void (*forward)(const GatedActivation& call, void* gated, int64_t first, int64_t last);
   // Of the pixels of sums first … last − 1 (sums_per_picture of each picture): grad_features
   // (·, 2C) from grad (·, C); sums (·, 2C), of the unrounded gradients, in pixel order; and the
-  // gated features again where `gated` is not null.
+  // gated features again. grad_features may be the call's features, and gated may be grad.
   void (*backward)(const GatedActivation& call, const void* grad, void* grad_features, float* sums,
                    void* gated, int64_t first, int64_t last);
 };

@@ -51,16 +51,14 @@ class Gate {
       for (int64_t n = picture + begin; n < picture + end; ++n) {
         const Element* g = static_cast<const Element*>(grad) + n * C;
         Element* to = static_cast<Element*>(grad_features) + n * 2 * C;
-        Element* again = gated == nullptr ? nullptr : static_cast<Element*>(gated) + n * C;
+        Element* again = static_cast<Element*>(gated) + n * C;
         over_channels([&](int64_t c, int64_t count) {
           const ValueAndSlope t = tangent(features(n, c, count));
           const ValueAndSlope s = logistic(features(n, C + c, count));
           const Floats kept = dropped(load_floats<Floats>(g + c, count), n, c);
           put(kept * t.slope * s.value, c, count, to, sum);
           put(kept * t.value * s.slope, C + c, count, to, sum);
-          if (again != nullptr) {
-            store_floats(dropped(t.value * s.value, n, c), again + c, count);
-          }
+          store_floats(dropped(t.value * s.value, n, c), again + c, count);
         });
       }
     }
@@ -81,9 +79,7 @@ class Gate {
   }
 
   FASTVQ_INLINE Floats features(int64_t n, int64_t c, int64_t count) const {
-    const int64_t at = n * 2 * call_.C + c;
-    Floats sum = read(call_.features, at, count);
-    if (call_.more != nullptr) sum += read(call_.more, at, count);
+    Floats sum = read(call_.features, n * 2 * call_.C + c, count);
     if (call_.class_bias != nullptr) {
       sum += read(call_.class_bias, n / call_.P * call_.class_stride + c, count);
     }

@@ -82,11 +82,16 @@ def gated_masked_conv_forward(layer: Layer) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def gated_masked_conv_backward(
-    grad_vertical: Tensor, grad_horizontal: Tensor, features: Tensor, layer: Layer
+    grad_vertical: Tensor,
+    grad_horizontal: Tensor,
+    features: Tensor,
+    wanted: list[bool],
+    layer: Layer,
 ) -> list[Tensor | None]:
     """Gradients to vertical, horizontal, class_bias, condition, condition_weight, weights.
 
-    Those to an absent tensor are None. Sums over pixels are taken in float32 of the gradients as
+    Those to an absent tensor, and to vertical, horizontal and condition where `wanted` says so,
+    are None. Sums over pixels are taken in float32 of the gradients as
     they are stored.
     """
     w_v, _, w_h, _, w_vh, _, w_o, _ = layer.weights
@@ -105,10 +110,14 @@ def gated_masked_conv_backward(
     residual = grad_horizontal if layer.residual else None
     back, d = -layer.dilation, layer.dilation
     total_h = grad_h.sum(dim=(0, 2, 3))
+    grad_x: list[Tensor | None] = [None, None]
+    if wanted[0]:
+        grad_x[0] = convolve(grad_v, taps_by_input(w_v, window_v), None, window_v, back)
+    if wanted[1]:
+        grad_x[1] = convolve(grad_h, taps_by_input(w_h, window_h), None, window_h, back, residual)
     return [
-        convolve(grad_v, taps_by_input(w_v, window_v), None, window_v, back),
-        convolve(grad_h, taps_by_input(w_h, window_h), None, window_h, back, residual),
-        *_added_gradients(layer, gate_v, grad_h),
+        *grad_x,
+        *_added_gradients(layer, gate_v, grad_h, wanted[2]),
         *(weight_gradient(grad_v, layer.vertical, window_v, d), grad_v.sum(dim=(0, 2, 3))),
         *(weight_gradient(grad_h, layer.horizontal, window_h, d), total_h),
         *(weight_gradient(grad_h, features, POINT, 1), total_h.clone()),
@@ -116,7 +125,9 @@ def gated_masked_conv_backward(
     ]
 
 
-def _added_gradients(layer: Layer, gate_v: Tensor, gate_h: Tensor) -> list[Tensor | None]:
+def _added_gradients(
+    layer: Layer, gate_v: Tensor, gate_h: Tensor, wanted: bool
+) -> list[Tensor | None]:
     """To the class bias, the condition and its weight, from both stacks' features."""
     grads: list[Tensor | None] = [None, None, None]
     if layer.class_bias is not None:
@@ -125,7 +136,8 @@ def _added_gradients(layer: Layer, gate_v: Tensor, gate_h: Tensor) -> list[Tenso
         assert layer.condition_weight is not None
         condition = channels_last(layer.condition)
         added = None
-        for gate, weight in zip((gate_v, gate_h), layer.condition_weight.chunk(2)):
+        halves = zip((gate_v, gate_h), layer.condition_weight.chunk(2)) if wanted else ()
+        for gate, weight in halves:
             added = convolve(gate, taps_by_input(weight, POINT), None, POINT, 1, added)
         grads[1] = added
         grads[2] = torch.cat(
