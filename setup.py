@@ -42,6 +42,11 @@ X86_FLAGS = {
     "row_passes_avx2.cpp": AVX2_FLAGS,
     "row_passes_avx512.cpp": AVX512_FLAGS,
     # The priors' arithmetic has no canonical rounding to keep.
+    "gated_activation_avx2.cpp": [*AVX2_FLAGS, "-ffp-contract=fast"],
+    "gated_activation_avx512.cpp": [*AVX512_FLAGS, "-ffp-contract=fast"],
+    "masked_conv_avx2.cpp": [*AVX2_FLAGS, "-ffp-contract=fast"],
+    "masked_conv_avx512.cpp": [*AVX512_FLAGS, "-ffp-contract=fast"],
+    "masked_conv_bf16.cpp": [*AVX512_FLAGS, "-ffp-contract=fast"],
     "sample_row_avx2.cpp": [*AVX2_FLAGS, "-ffp-contract=fast"],
     "sample_row_avx512.cpp": [*AVX512_FLAGS, "-ffp-contract=fast"],
 }
@@ -49,6 +54,7 @@ X86_FLAGS = {
 NEWER_FLAGS = {
     "nearest_code_vnni.cpp": ["-mavx512vnni"],
     "nearest_code_amx.cpp": ["-mamx-tile", "-mamx-int8"],
+    "masked_conv_bf16.cpp": ["-mavx512bf16"],
 }
 MAX_JOBS = 2
 

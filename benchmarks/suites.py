@@ -16,6 +16,7 @@ SUITES = {
     "vector_quantize": "benchmarks.ops.vector_quantize",
     "code_statistics": "benchmarks.ops.code_statistics",
     "quantizers": "benchmarks.nn.quantizers",
+    "gated_layer": "benchmarks.nn.gated_layer",
 }
 
 
