@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -17,9 +18,11 @@ from fastvq.kernels import load_cpu_extension
 
 FOLDER = Path(__file__).parent / "results"
 _CHECKOUT = Path(__file__).parents[1]
+_ROOMS = ("fastvq", "kernels", "benchmarks", "tests")
+_SUFFIXES = {".py", ".json", ".cpp", ".h"}
 _PACKAGES = (
     *("torch", "triton", "numpy", "faiss-cpu", "vector-quantize-pytorch", "scikit-learn"),
-    "flash-kmeans",
+    *("flash-kmeans", "pykeops"),
 )
 
 
@@ -58,6 +61,16 @@ def source() -> dict[str, Any]:
         return {"commit": None, "dirty": None}
     changes = _git("status", "--porcelain", "--", ".", ":!benchmarks/results")
     return {"commit": commit, "dirty": bool(changes)}
+
+
+def sources_digest(root: Path = _CHECKOUT) -> str:
+    """Digest of every source file: a commit says too little where the tree is dirty or bare."""
+    digest = hashlib.sha256()
+    for room in _ROOMS:
+        for path in sorted((root / room).rglob("*")):
+            if path.suffix in _SUFFIXES and path.is_file():
+                digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def append(record: dict[str, Any], folder: Path = FOLDER) -> Path:
