@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from . import memory, records, roofline
-from .isolated import Isolated
+from .isolated import TimesItself
 from .suites import Context, Prepared, Work, WrongResult, load
 from .timing import Timing, interleaved
 
@@ -60,10 +60,7 @@ def measure(prepared: Prepared, context: Context) -> dict[str, Any]:
     timings = interleaved(
         prepared.candidates, device=context.device, cold=context.cold, seconds=context.seconds
     )
-    peaks = {
-        who: run.peak_bytes() if isinstance(run, Isolated) else memory.peak_bytes(run, context.device)
-        for who, run in prepared.candidates.items()
-    }
+    peaks = {who: _peak(run, context.device) for who, run in prepared.candidates.items()}
     return {
         "timings": {who: timing._asdict() for who, timing in timings.items()},
         "peak_bytes": peaks,
@@ -71,6 +68,10 @@ def measure(prepared: Prepared, context: Context) -> dict[str, Any]:
         "notes": prepared.notes,
         "absent": prepared.absent,
     }
+
+
+def _peak(run: Callable[[], object], device: str) -> int | None:
+    return run.peak_bytes() if isinstance(run, TimesItself) else memory.peak_bytes(run, device)
 
 
 def _against_ceiling(

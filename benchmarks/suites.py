@@ -12,13 +12,14 @@ them (`WrongResult` if it is wrong: no time is then reported) and names the riva
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any, NamedTuple
+
+from .isolated import TimesItself
 
 SUITES = {
     "nearest_code": "benchmarks.ops.nearest_code",
@@ -29,6 +30,10 @@ SUITES = {
     "gated_layer": "benchmarks.nn.gated_layer",
     "sampling": "benchmarks.end_to_end.sampling",
     "stage1_step": "benchmarks.end_to_end.stage1_step",
+    "search_scale": "benchmarks.scale.search",
+    "step_scale": "benchmarks.scale.step",
+    "search_memory": "benchmarks.scale.memory",
+    "processes": "benchmarks.scale.processes",
 }
 SUITES = {name: module for name, module in SUITES.items() if importlib.util.find_spec(module)}
 
@@ -109,8 +114,8 @@ class Prepared:
     def close(self) -> None:
         """End the processes of isolated candidates."""
         for run in self.candidates.values():
-            with contextlib.suppress(AttributeError):
-                run.close()  # type: ignore[attr-defined]
+            if isinstance(run, TimesItself):
+                run.close()
         self.candidates.clear()
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from .isolated import Isolated
+from .isolated import TimesItself
 
 # Between cold runs this much memory is written: more than the last-level caches of the machines
 # in use (32 MiB on the CPUs, 50 MiB of L2 on an H100 or H200).
@@ -87,7 +87,7 @@ def summary(times: list[float]) -> Timing:
 
 
 def _once(run: Callable[[], object], device: str, cold: bool) -> float:
-    if isinstance(run, Isolated):
+    if isinstance(run, TimesItself):
         return run.time_ms(cold)
     return _time_on_cuda(run) if device == "cuda" else _time_on_cpu(run)
 

@@ -43,12 +43,12 @@ def prepare(case: dict[str, Any], context: Context) -> Prepared:
     prepared = Prepared(work(case))
     prepared.candidates["fastvq"] = lambda: ops.code_statistics(x, indices, count)
     prepared.notes["fastvq"] = "sums in float64"
-    ways = {"index_add_": _index_add, "one-hot matrix product": _one_hot}
+    ways = {"index_add_": index_add, "one-hot matrix product": _one_hot}
     for name, sums in ways.items():
         prepared.rival(name, lambda sums=sums: _checked(sums, x, indices, exact))
     prepared.rival(
         "index_add_, compiled",
-        lambda: _checked(torch.compile(_index_add, dynamic=False), x, indices, exact),
+        lambda: _checked(torch.compile(index_add, dynamic=False), x, indices, exact),
     )
     return prepared
 
@@ -73,7 +73,7 @@ def _checked(
     return lambda: sums(x, indices, len(exact[0]))
 
 
-def _index_add(x: Tensor, indices: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
+def index_add(x: Tensor, indices: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
     counts = torch.zeros(num_codes, device=x.device)
     counts.index_add_(0, indices, torch.ones_like(indices, dtype=torch.float32))
     sums = torch.zeros(num_codes, x.shape[1], device=x.device).index_add_(0, indices, x)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.isolated import Isolated
+from benchmarks.isolated import Isolated, TimesItself
 from benchmarks.suites import Context, Prepared, Work, WrongResult
 from benchmarks.timing import quickest
 from fastvq import ops
@@ -44,7 +44,10 @@ def prepare(case: dict[str, Any], context: Context) -> Prepared:
     prepared.candidates["fastvq"] = lambda: ops.nearest_code(x, codebook)
     prepared.notes["fastvq"] = "exact"
     for name, make in _rivals(context).items():
-        prepared.rival(name, lambda name=name, make=make: _checked(prepared, name, make(x, codebook), exact))
+        prepared.rival(
+            name,
+            lambda name=name, make=make: checked(prepared, name, make(x, codebook), exact),
+        )
     if context.device == "cpu":
         prepared.absent["flash-kmeans"] = "its kernels are for CUDA devices only"
     return prepared
@@ -76,11 +79,11 @@ def fits(x: Tensor, codebook: Tensor, matrices: int) -> None:
         raise MemoryError(f"N×K matrices of {needed / 2**30:.1f} GiB")
 
 
-def _checked(
+def checked(
     prepared: Prepared, name: str, run: Callable[[], Any], exact: Tensor
 ) -> Callable[[], object]:
     """The rival, with the number of its rows that are not the exact ones noted."""
-    result = run.result() if isinstance(run, Isolated) else run()
+    result = run.result() if isinstance(run, TimesItself) else run()
     misses = int((_as_indices(result).to(exact.device) != exact).sum())
     if misses > _MOST_MISSES * len(exact):
         raise RuntimeError(f"{misses} of {len(exact)} rows differ from the exact index")
@@ -98,10 +101,10 @@ def _as_indices(result: Any) -> Tensor:
 
 def _rivals(context: Context) -> dict[str, Callable[[Tensor, Tensor], Callable[[], object]]]:
     shared = {
-        "torch.cdist + argmin": _cdist,
+        "torch.cdist + argmin": cdist,
         "torch.cdist + argmin, compiled": _cdist_compiled,
         "blocks of rows, compiled": _blocks_compiled,
-        "vector-quantize-pytorch, eval": _lucidrains,
+        "vector-quantize-pytorch, eval": lucidrains,
     }
     if context.device == "cuda":
         return {**shared, "flash-kmeans": _flash_kmeans, "flash-kmeans, fp16": _flash_kmeans_fp16}
@@ -125,7 +128,7 @@ def _search_by_cdist(x: Tensor, codebook: Tensor) -> Tensor:
     return torch.cdist(x, codebook).argmin(dim=1)
 
 
-def _cdist(x: Tensor, codebook: Tensor) -> Callable[[], object]:
+def cdist(x: Tensor, codebook: Tensor) -> Callable[[], object]:
     fits(x, codebook, 2)
     return lambda: _search_by_cdist(x, codebook)
 
@@ -154,7 +157,7 @@ def _blocks_compiled(x: Tensor, codebook: Tensor) -> Callable[[], object]:
     return lambda: search(compiled, best)
 
 
-def _lucidrains(x: Tensor, codebook: Tensor) -> Callable[[], object]:
+def lucidrains(x: Tensor, codebook: Tensor) -> Callable[[], object]:
     from vector_quantize_pytorch import VectorQuantize
 
     fits(x, codebook, 4)
