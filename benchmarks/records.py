@@ -86,6 +86,33 @@ def append(record: dict[str, Any], folder: Path = FOLDER) -> Path:
     return path
 
 
+def read(folder: Path = FOLDER) -> list[dict[str, Any]]:
+    """All records, oldest first in each machine's file."""
+    return [
+        json.loads(text)
+        for path in sorted(folder.glob("*.jsonl"))
+        for text in path.read_text(encoding="utf-8").splitlines()
+    ]
+
+
+def key(record: dict[str, Any]) -> str:
+    """What a later record of the same kind replaces: suite, case, threads and cache."""
+    return json.dumps([record[name] for name in ("suite", "case", "threads", "cache")])
+
+
+def latest(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of records of suites with times on the machine of the newest of them, the last of each kind.
+
+    A red record takes the times that came before it away.
+    """
+    timed = [record for record in found if "case" in record]
+    if not timed:
+        return []
+    cpu = max(timed, key=lambda record: record["time"])["machine"]["cpu"]
+    last = {key(record): record for record in timed if record["machine"]["cpu"] == cpu}
+    return [record for record in last.values() if "red" not in record]
+
+
 def _cpu_name() -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
