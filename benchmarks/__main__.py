@@ -9,7 +9,7 @@ import torch
 
 from fastvq.cli_options import add_bench_options
 
-from .running import run_suite
+from .running import run_suite, waiting
 from .suites import SUITES, Context, load, parse_case, summary
 
 
@@ -43,8 +43,10 @@ def main(argv: list[str] | None = None) -> int:
         suite = load(name)
         known = suite.QUICK_CASES if arguments.quick else suite.CASES[arguments.device]
         cases = [case for case in known if wanted.items() <= case.items()]
-        if not cases:
+        if not cases and wanted:
             parser.error(f"--case: {name} has no case with {wanted}; see CASES of {suite.__name__}")
+        if arguments.resume:
+            cases = waiting(name, cases, context)
         record = not (arguments.quick or arguments.no_record)
         results += run_suite(name, context, cases=cases, record=record)
     return 1 if any("red" in result for result in results) else 0

@@ -36,22 +36,41 @@ def run_suite(
 
 def run_case(name: str, case: dict[str, Any], context: Context) -> dict[str, Any]:
     """The record of one case."""
-    result: dict[str, Any] = {
+    return {**time_case(name, case, context), **_circumstances(context.device)}
+
+
+def time_case(name: str, case: dict[str, Any], context: Context) -> dict[str, Any]:
+    """The record of one case, without what all cases of a run share."""
+    result: dict[str, Any] = {**_kind(name, case, context), "unit": "ms"}
+    try:
+        prepared: Prepared = load(name).prepare(case, context)
+    except WrongResult as reason:
+        return {**result, "red": str(reason), "timings": {}}
+    try:
+        return {**result, **measure(prepared, context)}
+    finally:
+        prepared.close()
+
+
+def _kind(name: str, case: dict[str, Any], context: Context) -> dict[str, Any]:
+    return {
         "suite": name,
         "case": case,
         "device": context.device,
         "threads": context.threads,
         "cache": "cold" if context.cold else "warm",
-        "unit": "ms",
     }
-    try:
-        prepared: Prepared = load(name).prepare(case, context)
-    except WrongResult as reason:
-        return {**result, "red": str(reason), "timings": {}, **_circumstances(context.device)}
-    try:
-        return {**result, **measure(prepared, context), **_circumstances(context.device)}
-    finally:
-        prepared.close()
+
+
+def waiting(name: str, cases: list[dict[str, Any]], context: Context) -> list[dict[str, Any]]:
+    """The cases without a record of these sources on this machine."""
+    sources, machine = records.sources_digest(), records.machine(context.device)
+    done = {
+        records.key(record)
+        for record in records.read()
+        if record.get("sources") == sources and record["machine"] == machine and "case" in record
+    }
+    return [case for case in cases if records.key(_kind(name, case, context)) not in done]
 
 
 def measure(prepared: Prepared, context: Context) -> dict[str, Any]:

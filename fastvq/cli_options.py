@@ -403,9 +403,7 @@ def add_bench_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--case", metavar="KEY=VALUE,…", help="only the cases with these values, as N=32768,K=512"
     )
-    command.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cpu", help="(default cpu)"
-    )
+    command.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default cpu)")
     command.add_argument(
         "--threads",
         type=int,
@@ -426,6 +424,9 @@ def add_bench_options(command: argparse.ArgumentParser) -> None:
         "--quick", action="store_true", help="small cases, unrecorded: shows that all works"
     )
     command.add_argument("--no-record", action="store_true", help="print only")
+    command.add_argument(
+        "--resume", action="store_true", help="skip cases recorded of these sources, here"
+    )
 
 
 def _add_model_options(command: argparse.ArgumentParser, flags: dict[str, str]) -> None:

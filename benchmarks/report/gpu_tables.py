@@ -65,7 +65,7 @@ def _predicted(baseline: dict[str, Any]) -> str:
 
 
 def sizes(baseline: dict[str, Any]) -> list[dict[str, Any]]:
-    """Per benchmark size: predicted times of the plain and the opt-in search, floor, and its row."""
+    """Per benchmark size: predicted times of the plain and the opt-in search, floor, and row."""
     rows = baseline[max(baseline, key=_version)]
     timed = [row for row in rows if row.get("us")]
     names = dict.fromkeys(size for row in timed for size in row["us"])

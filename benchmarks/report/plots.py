@@ -31,7 +31,10 @@ def data(found: list[Record], baseline: dict[str, Any]) -> dict[str, Any]:
     """What each plot shows, by the name of its file."""
     return {
         "speed-cpu.svg": [
-            [f"{one.what}: {described(one.record)}", {w: t / one.ours for w, t in one.rivals.items()}]
+            [
+                f"{one.what}: {described(one.record)}",
+                {w: t / one.ours for w, t in one.rivals.items()},
+            ]
             for one in headlines(found)
         ],
         "scale-search.svg": _search_curves(found),

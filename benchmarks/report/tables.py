@@ -40,7 +40,7 @@ class Line(NamedTuple):
 
     @property
     def command(self) -> str:
-        return f"python -m benchmarks {self.record['suite']} --case {described(self.record, ',')}"
+        return f"fastvq bench {self.record['suite']} --case {described(self.record, ',')}"
 
 
 def described(record: Record, separator: str = ", ") -> str:
@@ -141,9 +141,9 @@ def _circumstances(lines: list[Line]) -> str:
     )
     packages = ", ".join(f"{name} {version}" for name, version in versions.items())
     return (
-        f"{machine['cpu']}, {machine['cores']} cores, {machine['isa']}; {shown[-1]['threads']} "
-        f"threads for every library, {shown[-1]['cache']} cache; {' and '.join(dates)}; {packages}; "
-        f"commit {', '.join(commits)}."
+        f"{machine['cpu']}, {machine['cores']} cores, {machine['isa']}; "
+        f"{shown[-1]['threads']} threads for every library, {shown[-1]['cache']} cache; "
+        f"{' and '.join(dates)}; {packages}; commit {', '.join(commits)}."
     )
 
 
@@ -176,7 +176,9 @@ def suite_tables(found: list[Record]) -> str:
     """Every suite's records: medians of all candidates, and their multiples of ours."""
     parts = []
     for suite in dict.fromkeys(record["suite"] for record in found):
-        for threads, cache in sorted({(r["threads"], r["cache"]) for r in found if r["suite"] == suite}):
+        for threads, cache in sorted(
+            {(r["threads"], r["cache"]) for r in found if r["suite"] == suite}
+        ):
             parts.append(_suite_table(suite, _of(found, suite, threads, cache)))
     return "\n\n".join(parts)
 

@@ -49,9 +49,8 @@ def prepare(case: dict[str, Any], context: Context) -> Prepared:
         matrices, function = _CANDIDATES[name]
         needed = 4 * matrices * case["N"] * case["K"]
         if needed > BUDGET_BYTES:
-            raise MemoryError(
-                f"N×K matrices of {needed / 2**30:.0f} GiB, the budget is {BUDGET_BYTES / 2**30:.0f}"
-            )
+            gibibytes = f"{needed / 2**30:.0f} GiB, the budget is {BUDGET_BYTES / 2**30:.0f}"
+            raise MemoryError(f"N×K matrices of {gibibytes}")
         run = Isolated(function, arrays, context.threads)
         misses = int((torch.as_tensor(run.result())[:_CHECKED_ROWS] != exact).sum())
         if misses > 0.05 * _CHECKED_ROWS:

@@ -83,7 +83,10 @@ def index_add(arrays: dict[str, np.ndarray], threads: int) -> Callable[[], np.nd
 def nothing(arrays: dict[str, np.ndarray], threads: int) -> Callable[[], np.ndarray]:
     """What is shared, without its making."""
     x = torch.from_numpy(arrays["x"])
-    made = torch.zeros(int(arrays["setting"][3])), torch.zeros(int(arrays["setting"][3]), x.shape[1])
+    made = (
+        torch.zeros(int(arrays["setting"][3])),
+        torch.zeros(int(arrays["setting"][3]), x.shape[1]),
+    )
     return _joined(arrays, threads, lambda *_: made)
 
 

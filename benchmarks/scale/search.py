@@ -1,4 +1,4 @@
-"""The search as N, K, D or the threads grow, the others staying at 16384, 1024, 64 and `--threads`."""
+"""The search as N, K, D or the threads grow, the others at 16384, 1024, 64 and `--threads`."""
 
 from __future__ import annotations
 
@@ -34,9 +34,7 @@ def _threads() -> list[int]:
     return sorted({2**power for power in range(cores.bit_length())} | {cores})
 
 
-_CURVES = [
-    {"along": axis, **BASE, axis: size} for axis, sizes in SWEEPS.items() for size in sizes
-]
+_CURVES = [{"along": axis, **BASE, axis: size} for axis, sizes in SWEEPS.items() for size in sizes]
 CASES = {
     "cpu": [*_CURVES, *({"along": "threads", **BASE, "threads": t} for t in _threads())],
     "cuda": _CURVES,

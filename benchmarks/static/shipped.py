@@ -137,8 +137,8 @@ def _hopper_cases() -> Iterator[Case]:
                 warp_pairs=tiling.rows // 4 * tiling.stage_codes,
             )
             model = Model(
-                # Three product terms and the norm's columns, or one term.
-                channels=width if has_norms else (width - 4) // 3,
+                # One term; or three terms and the norm's columns, then the widest power of two.
+                channels=width if has_norms else 1 << ((width - 4) // 3).bit_length() - 1,
                 rows=tiling.rows // 4,
                 group=tiling.group,
                 block_rows=hopper.CONSUMERS.value * tiling.rows,

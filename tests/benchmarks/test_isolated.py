@@ -32,7 +32,7 @@ def test_a_worker_computes_and_times_itself():
 
 
 def test_a_worker_without_its_library_says_so():
-    with pytest.raises(RuntimeError, match="AttributeError: .*no_such_library"):
+    with pytest.raises(RuntimeError, match=r"AttributeError: .*no_such_library"):
         Isolated("benchmarks.rivals.search:no_such_library", ARRAYS, 1)
 
 

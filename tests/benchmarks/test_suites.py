@@ -8,8 +8,8 @@ import torch
 
 from benchmarks import __main__ as command
 from benchmarks import running, suites
-from benchmarks.isolated import TimesItself
 from benchmarks.end_to_end import stage1_step
+from benchmarks.isolated import TimesItself
 from benchmarks.nn import quantizers
 from benchmarks.ops import code_statistics, nearest_code, vector_quantize
 from fastvq import ops
