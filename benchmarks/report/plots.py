@@ -25,6 +25,7 @@ _COLOURS = {
     "blocks of rows, compiled": "#ff7f0e",
     "one-hot quantizer": "#7f7f7f",
 }
+_OTHER_COLOURS = ("#bcbd22", "#aec7e8", "#ffbb78", "#98df8a", "#c5b0d5", "#c49c94", "#444444")
 
 
 def data(found: list[Record], baseline: dict[str, Any]) -> dict[str, Any]:
@@ -33,7 +34,7 @@ def data(found: list[Record], baseline: dict[str, Any]) -> dict[str, Any]:
         "speed-cpu.svg": [
             [
                 f"{one.what}: {described(one.record)}",
-                {w: t / one.ours for w, t in one.rivals.items()},
+                {who.removesuffix(", eval"): time / one.ours for who, time in one.rivals.items()},
             ]
             for one in headlines(found)
         ],
@@ -89,7 +90,9 @@ def _save(path: Path, draw: Callable[[Any, Any], None], shown: Any) -> None:
 
 def _colour(who: str) -> str:
     known = [name for name in _COLOURS if who.startswith(name)]
-    return _COLOURS[max(known, key=len)] if known else "#444444"
+    if known:
+        return _COLOURS[max(known, key=len)]
+    return _OTHER_COLOURS[sum(map(ord, who)) % len(_OTHER_COLOURS)]
 
 
 def _draw_ratios(figure: Any, shown: list[tuple[str, dict[str, float]]]) -> None:
@@ -101,6 +104,7 @@ def _draw_ratios(figure: Any, shown: list[tuple[str, dict[str, float]]]) -> None
     axes.axvline(1.0, color=_COLOURS["fastvq"], label="fastvq")
     axes.set_yticks(range(len(shown)), [label for label, _ in reversed(shown)])
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}×")
     axes.set_xlabel("time as a multiple of fastvq's; left of the line a rival is faster")
     axes.grid(axis="x", which="both", alpha=0.3)
     _legend(figure, axes)
@@ -201,4 +205,4 @@ def _draw_predictions(figure: Any, shown: list[dict[str, Any]]) -> None:
     axes.set_ylabel("µs on an H200")
     axes.set_title("nearest code, predicted from machine code, not measured")
     axes.grid(axis="y", alpha=0.3)
-    axes.legend(frameon=False)
+    _legend(figure, axes)
