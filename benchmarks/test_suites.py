@@ -22,6 +22,8 @@ import torch
 
 from benchmarks.suites import SUITES, Context, Prepared, load
 
+# Curves take the same candidates to other sizes.
+_TIMED = [name for name, module in SUITES.items() if not module.startswith("benchmarks.scale")]
 _CONTEXT = Context(threads=torch.get_num_threads(), seconds=0.0)
 
 
@@ -32,7 +34,7 @@ def _prepared(suite: str, number: int) -> Prepared:
 
 
 def _candidates() -> Iterator[Any]:
-    for suite in SUITES:
+    for suite in _TIMED:
         for number, case in enumerate(load(suite).QUICK_CASES):
             described = " ".join(f"{key}={value}" for key, value in case.items())
             for who in _prepared(suite, number).names:
@@ -40,7 +42,7 @@ def _candidates() -> Iterator[Any]:
                 yield pytest.param(suite, number, who, id=name.replace(" ", "_"))
 
 
-@pytest.mark.parametrize(("suite", "number", "who"), _candidates())
+@pytest.mark.parametrize(("suite", "number", "who"), [*_candidates()])
 def test_candidate(suite: str, number: int, who: str, benchmark: Any) -> None:
     prepared = _prepared(suite, number)
     prepared.build()
@@ -54,6 +56,6 @@ def test_candidate(suite: str, number: int, who: str, benchmark: Any) -> None:
 @pytest.fixture(scope="module", autouse=True)
 def _workers() -> Iterator[None]:
     yield
-    for suite in SUITES:
+    for suite in _TIMED:
         for number in range(len(load(suite).QUICK_CASES)):
             _prepared(suite, number).close()

@@ -28,7 +28,7 @@ CASES = {
         for model, k in (("vqvae", 512), ("vqvae", 8192), ("vqvae2", 512))
     ],
     "cuda": [
-        {"model": model, "B": 128, "side": 256, "width": 128, "K": k, "D": 64}
+        {"model": model, "B": 64, "side": 256, "width": 128, "K": k, "D": 64}
         for model, k in (("vqvae", 512), ("vqvae", 8192), ("vqvae2", 512))
     ],
 }

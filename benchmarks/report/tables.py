@@ -196,10 +196,18 @@ def _suite_table(suite: str, shown: list[Record]) -> str:
                 if timing is None
                 else f"{milliseconds(timing['p50'])} ({times(timing['p50'] / ours)})"
             )
-        floor = record.get("roofline", {}).get("floor_ms")
-        rows.append([described(record), *cells, "–" if floor is None else milliseconds(floor)])
+        rows.append([described(record), *cells, *_model(record)])
     title = f"`{suite}`, {shown[0]['threads']} threads, {shown[0]['cache']} cache"
-    return f"### {title}\n\n" + table(["case", *names, "floor"], rows)
+    return f"### {title}\n\n" + table(["case", *names, "GFLOP", "MB", "floor"], rows)
+
+
+def _model(record: Record) -> list[str]:
+    """What the case asks for, and the least time for it."""
+    if "work" not in record:
+        return ["–"] * 3
+    work = record["work"]
+    floor = milliseconds(record["roofline"]["floor_ms"])
+    return [f"{work['flops'] / 1e9:.3g}", f"{work['bytes'] / 1e6:.3g}", floor]
 
 
 def largest_problems(found: list[Record]) -> str:
