@@ -100,10 +100,9 @@ class Prepared:
             for name in among.keys() - names:
                 del among[name]
 
-    def build(self) -> None:
-        """Make the rivals."""
-        while self._rivals:
-            name = next(iter(self._rivals))
+    def build(self, *names: str) -> None:
+        """Make the rivals named, or all."""
+        for name in [name for name in self._rivals if not names or name in names]:
             make = self._rivals.pop(name)
             try:
                 self.candidates[name] = make()

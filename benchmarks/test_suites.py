@@ -45,7 +45,7 @@ def _candidates() -> Iterator[Any]:
 @pytest.mark.parametrize(("suite", "number", "who"), [*_candidates()])
 def test_candidate(suite: str, number: int, who: str, benchmark: Any) -> None:
     prepared = _prepared(suite, number)
-    prepared.build()
+    prepared.build(who)
     if who in prepared.absent:
         pytest.skip(f"{who}: {prepared.absent[who]}")
     benchmark.group = f"{suite} {load(suite).QUICK_CASES[number]}"
