@@ -1,7 +1,7 @@
 """`python -m benchmarks.record`: everything a CPU can say, then the tables and plots, in one go.
 
-Suite by suite, each in a process of its own, in the order of importance: two threads, one thread,
-cold caches. About a quarter of an hour on two quiet cores. Cut off, the same command goes on with
+Suite by suite, each in a process of its own: all cases with two threads, then some with one thread
+and some with cold caches. About a quarter of an hour on two quiet cores. Cut off, the same command goes on with
 the cases that have no record yet of these sources on this machine.
 """
 
@@ -17,9 +17,16 @@ from .suites import SUITES
 
 _CHECKOUT = Path(__file__).parents[1]
 _SCALE = ("search_scale", "step_scale", "search_memory", "processes")
-_COLD = ("nearest_code", "code_statistics")
-# Too many small cases, or of one thread by themselves.
-_NOT_ON_ONE_THREAD = (*_SCALE, "quantizers")
+# One case of each suite on one thread and with cold caches; the sizes of the README's table.
+_ON_ONE_THREAD = (
+    *(("nearest_code", "N=32768,K=512"), ("nearest_code", "N=16384,K=8192")),
+    *(("nearest_code", "N=65536,K=1024"), ("vector_quantize", "N=32768,K=512")),
+    *(("code_statistics", "K=8192"), ("stage1_step", "model=vqvae2")),
+)
+_COLD = (
+    *(("nearest_code", "N=32768,K=512"), ("nearest_code", "N=65536,K=1024")),
+    ("code_statistics", "K=8192"),
+)
 
 
 def plan() -> list[tuple[str, ...]]:
@@ -29,11 +36,13 @@ def plan() -> list[tuple[str, ...]]:
         *((name, "--threads", "2", "--seconds", "1") for name in first),
         *((name, "--threads", "2", "--seconds", "0.3") for name in _SCALE),
         *(
-            (name, "--threads", "1", "--seconds", "0.5")
-            for name in first
-            if name not in _NOT_ON_ONE_THREAD
+            (name, "--case", case, "--threads", "1", "--seconds", "0.5")
+            for name, case in _ON_ONE_THREAD
         ),
-        *((name, "--threads", "2", "--seconds", "0.3", "--cold") for name in _COLD),
+        *(
+            (name, "--case", case, "--threads", "2", "--seconds", "0.3", "--cold")
+            for name, case in _COLD
+        ),
     ]
 
 

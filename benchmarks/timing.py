@@ -42,6 +42,7 @@ def interleaved(
     seconds: float = 4.0,
     least: int = 5,
     most: int = 200,
+    warmed: bool = False,
 ) -> dict[str, Timing]:
     """Times of the callables, each timed once per round after one round of warming up.
 
@@ -51,9 +52,10 @@ def interleaved(
     Args:
         device: "cpu" times on the wall clock; "cuda" times on the device, between events.
         cold: evict the caches before every run; otherwise a short run follows one of the same.
+        warmed: each has run before, more than once.
     """
     evict = _evictor(device) if cold else None
-    for run in callables.values():
+    for run in () if warmed else callables.values():
         run()
     times: dict[str, list[float]] = {name: [] for name in callables}
     start = time.perf_counter()

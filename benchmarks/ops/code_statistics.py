@@ -17,8 +17,12 @@ from fastvq.reference import code_statistics as reference
 
 # `skew` is the fraction of the rows that one code owns.
 CASES = {
-    device: [{**case, "skew": skew} for case in cases for skew in (0.0, 0.5)]
-    for device, cases in SEARCHES.items()
+    "cpu": [
+        {"N": n, "K": k, "D": d, "skew": skew}
+        for n, k, d in ((32768, 512, 64), (16384, 8192, 256), (32768, 16384, 8))
+        for skew in (0.0, 0.5)
+    ],
+    "cuda": [{**case, "skew": skew} for case in SEARCHES["cuda"] for skew in (0.0, 0.5)],
 }
 QUICK_CASES = [{"N": 4096, "K": 512, "D": 64, "skew": 0.5}]
 

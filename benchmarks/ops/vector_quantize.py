@@ -21,7 +21,8 @@ from benchmarks.suites import Context, Prepared, Work, WrongResult
 from fastvq import ops
 
 CASES = {
-    "cpu": [{"N": 8192, "K": 8192, "D": 256}, *SEARCHES["cpu"]],
+    # At the widest search the rivals' matrices are all that would be measured.
+    "cpu": [case for case in SEARCHES["cpu"] if case["K"] < 16384],
     "cuda": SEARCHES["cuda"],
 }
 QUICK_CASES = [{"N": 4096, "K": 512, "D": 64}]

@@ -11,14 +11,22 @@ import pytest
 from benchmarks import record, records, running, suites
 
 
-def test_every_suite_is_recorded_at_two_threads_and_most_at_one() -> None:
+def test_every_suite_is_recorded_at_two_threads_and_some_cases_at_one() -> None:
     parts = record.plan()
     assert len(set(parts)) == len(parts)
     for name in suites.SUITES:
         assert any(part[:3] == (name, "--threads", "2") for part in parts)
-    on_one = {part[0] for part in parts if part[2] == "1"}
+    on_one = {part[0] for part in parts if "1" in part}
     assert {"nearest_code", "vector_quantize", "code_statistics", "stage1_step"} <= on_one
-    assert [part[0] for part in parts if "--cold" in part] == ["nearest_code", "code_statistics"]
+    assert {part[0] for part in parts if "--cold" in part} == {"nearest_code", "code_statistics"}
+
+
+def test_every_case_of_the_plan_exists() -> None:
+    for name, *options in record.plan():
+        if "--case" in options:
+            wanted = suites.parse_case(options[options.index("--case") + 1])
+            known = suites.load(name).CASES["cpu"]
+            assert any(wanted.items() <= case.items() for case in known), (name, wanted)
 
 
 def test_recorded_cases_are_left_out(tmp_path, monkeypatch) -> None:
