@@ -1,8 +1,8 @@
 """`python -m benchmarks.record`: everything a CPU can say, then the tables and plots, in one go.
 
 Suite by suite, each in a process of its own: all cases with two threads, then some with one thread
-and some with cold caches. About a quarter of an hour on two quiet cores. Cut off, the same command goes on with
-the cases that have no record yet of these sources on this machine.
+and some with cold caches. About a quarter of an hour on two quiet cores. Cut off, the same command
+goes on with the cases that have no record yet of these sources on this machine.
 """
 
 from __future__ import annotations

@@ -14,9 +14,9 @@ pytest.importorskip("pytest_benchmark")
 
 
 def test_every_suite_has_benchmarks_and_one_runs() -> None:
+    command = [sys.executable, "-m", "pytest", "benchmarks", "--benchmark-disable", "-v"]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "benchmarks", "--benchmark-disable", "-v"]
-        + ["-k", "code_statistics and index_add_ and not compiled"],
+        [*command, "-k", "code_statistics and index_add_ and not compiled"],
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
