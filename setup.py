@@ -42,6 +42,9 @@ X86_FLAGS = {
     "row_passes_avx2.cpp": AVX2_FLAGS,
     "row_passes_avx512.cpp": AVX512_FLAGS,
     # The priors' arithmetic has no canonical rounding to keep.
+    "masked_conv_avx2.cpp": [*AVX2_FLAGS, "-ffp-contract=fast"],
+    "masked_conv_avx512.cpp": [*AVX512_FLAGS, "-ffp-contract=fast"],
+    "masked_conv_bf16.cpp": [*AVX512_FLAGS, "-ffp-contract=fast"],
     "sample_row_avx2.cpp": [*AVX2_FLAGS, "-ffp-contract=fast"],
     "sample_row_avx512.cpp": [*AVX512_FLAGS, "-ffp-contract=fast"],
 }
@@ -49,6 +52,7 @@ X86_FLAGS = {
 NEWER_FLAGS = {
     "nearest_code_vnni.cpp": ["-mavx512vnni"],
     "nearest_code_amx.cpp": ["-mamx-tile", "-mamx-int8"],
+    "masked_conv_bf16.cpp": ["-mavx512bf16"],
 }
 MAX_JOBS = 2
 

@@ -53,9 +53,13 @@ class MaskedConv2d(nn.Conv2d):
         mask_type: "A" or "B".
         dilation: spacing of the taps, the same in both directions.
         bias: whether a bias is added.
+        groups: as `torch.nn.Conv2d`'s.
+        channel_groups: n > 1 orders the channels of a pixel, as 3 does red, green and blue: group
+            q of the outputs sees, at the current pixel, the inputs' groups before q ("A") or up to
+            q ("B"). Divides both numbers of channels.
     Raises:
         ValueError: an even kernel, or another mask type.
-    van den Oord et al. 2016, arXiv:1601.06759, section 3.4.
+    van den Oord et al. 2016, arXiv:1601.06759, sections 3.3 and 3.4.
     """
 
     def __init__(
@@ -66,6 +70,8 @@ class MaskedConv2d(nn.Conv2d):
         mask_type: str = "B",
         dilation: int = 1,
         bias: bool = True,
+        groups: int = 1,
+        channel_groups: int = 1,
     ) -> None:
         check_mask_type("MaskedConv2d", mask_type)
         height, width = _odd_sizes("MaskedConv2d", kernel_size, 2)
@@ -75,14 +81,27 @@ class MaskedConv2d(nn.Conv2d):
             (height, width),
             padding=(dilation * (height // 2), dilation * (width // 2)),
             dilation=dilation,
+            groups=groups,
             bias=bias,
         )
+        if in_channels % channel_groups or out_channels % channel_groups:
+            raise ValueError(
+                f"MaskedConv2d: channel_groups must divide in_channels={in_channels} and "
+                f"out_channels={out_channels}; got {channel_groups}."
+            )
         self.mask_type = mask_type
+        self.channel_groups = channel_groups
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_channels, H, W) → (B, out_channels, H, W)."""
         return ops.masked_conv2d(
-            x, self.weight, self.bias, mask_type=self.mask_type, dilation=self.dilation[0]
+            x,
+            self.weight,
+            self.bias,
+            mask_type=self.mask_type,
+            dilation=self.dilation[0],
+            groups=self.groups,
+            channel_groups=self.channel_groups,
         )
 
     def extra_repr(self) -> str:
@@ -104,6 +123,7 @@ class CausalConv1d(nn.Conv1d):
         mask_type: "A" or "B".
         dilation: spacing of the taps.
         bias: whether a bias is added.
+        groups: as `torch.nn.Conv1d`'s.
     Raises:
         ValueError: an even kernel, or another mask type.
     van den Oord et al. 2016, arXiv:1609.03499, section 2.1.
@@ -117,6 +137,7 @@ class CausalConv1d(nn.Conv1d):
         mask_type: str = "B",
         dilation: int = 1,
         bias: bool = True,
+        groups: int = 1,
     ) -> None:
         check_mask_type("CausalConv1d", mask_type)
         (size,) = _odd_sizes("CausalConv1d", kernel_size, 1)
@@ -126,6 +147,7 @@ class CausalConv1d(nn.Conv1d):
             size,
             padding=dilation * (size // 2),
             dilation=dilation,
+            groups=groups,
             bias=bias,
         )
         self.mask_type = mask_type
@@ -133,7 +155,12 @@ class CausalConv1d(nn.Conv1d):
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_channels, T) → (B, out_channels, T)."""
         return ops.causal_conv1d(
-            x, self.weight, self.bias, mask_type=self.mask_type, dilation=self.dilation[0]
+            x,
+            self.weight,
+            self.bias,
+            mask_type=self.mask_type,
+            dilation=self.dilation[0],
+            groups=self.groups,
         )
 
     def extra_repr(self) -> str:

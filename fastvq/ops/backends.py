@@ -9,6 +9,7 @@ import functools
 import importlib.metadata
 import os
 import warnings
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -22,12 +23,14 @@ BACKENDS = ("triton", "cpp", "reference")
 _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _KERNELS: dict[str, frozenset[str]] = {
     "triton": frozenset({"nearest_code", "code_statistics"}),
-    "cpp": frozenset({"nearest_code", "code_statistics"}),
+    "cpp": frozenset({"nearest_code", "code_statistics", "masked_conv2d", "causal_conv1d"}),
 }
 # Ops assembled from another op's kernel and ordinary tensor arithmetic.
 _SEARCH = {"vector_quantize": "nearest_code", "residual_quantize": "nearest_code"}
-# Ops whose default is PyTorch's own convolution, run over the live taps alone.
+# Ops that PyTorch's own convolution can run too, over the live taps alone.
 _CONVOLUTIONS = frozenset({"masked_conv2d", "causal_conv1d"})
+# Where PyTorch is the faster of two, by op and the backend that is not.
+_TORCH_IS_FASTER: dict[tuple[str, str], Callable[..., str | None]] = {}
 OPS = (
     "nearest_code",
     "vector_quantize",
@@ -64,6 +67,17 @@ def why_not(backend: str, op: str, *tensors: Tensor, by_name: bool = False) -> s
     if backend == "triton":
         return _triton_missing() or (None if interpreted else _gpu_too_old(*tensors))
     return None
+
+
+def prefer_torch(op: str, backend: str, rule: Callable[..., str | None]) -> None:
+    """Where nobody names a backend, let PyTorch run `op` instead of `backend` wherever
+    `rule(*tensors)` gives a reason."""
+    _TORCH_IS_FASTER[op, backend] = rule
+
+
+def _torch_is_faster(op: str, backend: str, *tensors: Tensor) -> str | None:
+    rule = _TORCH_IS_FASTER.get((op, backend))
+    return None if rule is None else rule(*tensors)
 
 
 @functools.cache
@@ -113,7 +127,8 @@ def choose(op: str, backend: str | None, *tensors: Tensor) -> str:
         return backend
     for candidate in ("triton", "cpp"):
         if why_not(candidate, op, *tensors) is None:
-            return candidate
+            slower = _torch_is_faster(op, candidate, *tensors) is not None
+            return "reference" if slower else candidate
     _warn_of_fallback(op, *tensors)
     return "reference"
 
@@ -164,8 +179,12 @@ def explain(op: str, *tensors: Tensor, backend: str | None = None) -> str:
     answer = None
     for candidate in BACKENDS if backend is None else (backend,):
         reason = why_not(candidate, op, *tensors, by_name=backend is not None)
-        lines.append(f"  {candidate}: {'can run' if reason is None else reason}")
-        if reason is None and answer is None:
+        slower = None
+        if reason is None and backend is None:
+            slower = _torch_is_faster(op, candidate, *tensors)
+        slow = "" if slower is None else f", but PyTorch's convolution is faster: {slower}"
+        lines.append(f"  {candidate}: {reason or 'can run' + slow}")
+        if reason is None and slower is None and answer is None:
             answer = candidate
     if answer == "reference" and backend is None and op in _CONVOLUTIONS:
         head = f"{op}: PyTorch's own convolution, over the live taps alone"

@@ -6,8 +6,7 @@ from torch import Tensor
 
 from fastvq.reference import causal_conv1d as reference
 
-from .backends import choose
-from .masked_conv2d import check_convolution, masked_conv2d
+from .masked_conv2d import check_convolution, convolve
 
 
 def causal_conv1d(
@@ -17,6 +16,7 @@ def causal_conv1d(
     *,
     mask_type: str = "B",
     dilation: int = 1,
+    groups: int = 1,
     backend: str | None = None,
 ) -> Tensor:
     """'Same'-padded convolution of a sequence that sees only earlier steps.
@@ -28,8 +28,9 @@ def causal_conv1d(
 
     Args:
         x: (B, C, T) float32, float16, bfloat16 or float64; any strides.
-        weight: (O, C, k), k odd. bias: (O,) or None.
+        weight: (O, C / groups, k), k odd. bias: (O,) or None.
         mask_type: "A" or "B". dilation: distance between taps in steps, ≥ 1.
+        groups: as in `torch.nn.functional.conv1d`.
         backend: as `masked_conv2d`.
     Returns:
         (B, O, T) of x's dtype.
@@ -38,11 +39,10 @@ def causal_conv1d(
     van den Oord et al. 2016, arXiv:1609.03499, sec. 2.1.
     """
     op = "causal_conv1d"
-    check_convolution(op, x, weight, bias, mask_type, dilation, spatial=1)
-    choose(op, backend, x, weight)
+    check_convolution(op, x, weight, bias, mask_type, dilation, groups, spatial=1)
     if backend == "reference":
-        return reference.causal_conv1d(x, weight, bias, mask_type=mask_type, dilation=dilation)
-    y = masked_conv2d(
-        x[:, :, None], weight[:, :, None], bias, mask_type=mask_type, dilation=dilation
-    )
-    return y[:, :, 0]
+        return reference.causal_conv1d(
+            x, weight, bias, mask_type=mask_type, dilation=dilation, groups=groups
+        )
+    plane, kernel = x[:, :, None], weight[:, :, None]
+    return convolve(op, plane, kernel, bias, mask_type, dilation, groups, 1, backend)[:, :, 0]

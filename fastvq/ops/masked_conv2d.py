@@ -1,23 +1,21 @@
 """masked_conv2d: the convolution that sees only earlier pixels in raster order.
 
-The taps that the mask leaves form two rectangles: the full-width rows above the centre, and
-the left part of the centre's own row. By default each runs as one ordinary convolution over
-that rectangle alone, so masked taps are never loaded, multiplied or given a gradient.
+Masked taps are never loaded, multiplied or given a gradient. On CPUs C++ kernels run over the live
+taps in one pass (`live_taps`); elsewhere PyTorch's convolutions run over the rectangles that the
+mask leaves (`live_rectangles`). `_on_cpp` says which it is by default.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastvq.reference import masked_conv2d as reference
 
-from . import checks
-from .backends import choose
+from . import checks, live_rectangles, live_taps
+from .backends import choose, prefer_torch
 from .registration import register
 
 MASK_TYPES = ("A", "B")
@@ -30,6 +28,8 @@ def masked_conv2d(
     *,
     mask_type: str,
     dilation: int = 1,
+    groups: int = 1,
+    channel_groups: int = 1,
     backend: str | None = None,
 ) -> Tensor:
     """'Same'-padded convolution that sees only earlier pixels in raster order.
@@ -41,30 +41,64 @@ def masked_conv2d(
     centre too ("B"). Masked taps contribute nothing, whatever they hold, and receive zero
     gradient. Under autocast the inputs are cast as for `torch.nn.functional.conv2d`.
 
+    With `channel_groups` n > 1 the channels of a pixel come one after the other, as a picture's
+    red, green and blue do for n = 3: x's and y's channels form n equal, contiguous groups, and at
+    the centre tap y's group q sees x's groups 0 … q − 1 ("A") or 0 … q ("B").
+
     Args:
         x: (B, C, H, W) float32, float16, bfloat16 or float64; any strides; B may be 0.
-        weight: (O, C, kh, kw), kh and kw odd, of x's dtype.
+        weight: (O, C / groups, kh, kw), kh and kw odd, of x's dtype.
         bias: (O,) or None.
         mask_type: "A" or "B".
         dilation: distance between taps in pixels, ≥ 1.
-        backend: None runs PyTorch's convolution over the live rectangles; "reference" adds
-            the live taps one by one.
+        groups: as in `torch.nn.functional.conv2d`; divides C and O.
+        channel_groups: groups of channels that are ordered; divides C and O, and is 1 where
+            `groups` is not.
+        backend: "cpp" runs the C++ kernels; "reference" adds the live taps one by one; None takes
+            the C++ kernels, or PyTorch's convolution over the live rectangles where that is faster
+            or the only one that can run (`fastvq.ops.explain` says which).
     Returns:
-        (B, O, H, W) of x's dtype. Differentiable once in x, weight and bias.
+        (B, O, H, W) of x's dtype, channels_last where x is. Sums are taken in float32 and rounded
+        once ("cpp"), in one order whatever the number of threads. Differentiable once in x, weight
+        and bias.
     Raises:
         ValueError: shapes disagree, an even kernel, or an unknown option.
         TypeError: not tensors, or dtypes differ.
         RuntimeError: the backend asked for cannot run this call.
-    van den Oord et al. 2016, arXiv:1601.06759, sec. 3.4.
+    van den Oord et al. 2016, arXiv:1601.06759, sec. 3.4; channels in order: sec. 3.3.
     """
     op = "masked_conv2d"
-    check_convolution(op, x, weight, bias, mask_type, dilation, spatial=2)
-    choose(op, backend, x, weight)
+    check_convolution(op, x, weight, bias, mask_type, dilation, groups, spatial=2)
+    _check_channel_groups(op, x, weight, groups, channel_groups)
+    return convolve(op, x, weight, bias, mask_type, dilation, groups, channel_groups, backend)
+
+
+def convolve(
+    op: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask_type: str,
+    dilation: int,
+    groups: int,
+    channel_groups: int,
+    backend: str | None,
+) -> Tensor:
+    """`masked_conv2d` of arguments that are checked, on behalf of `op`."""
     if backend == "reference":
-        return reference.masked_conv2d(x, weight, bias, mask_type=mask_type, dilation=dilation)
+        return reference.masked_conv2d(
+            x,
+            weight,
+            bias,
+            mask_type=mask_type,
+            dilation=dilation,
+            groups=groups,
+            channel_groups=channel_groups,
+        )
     x, weight, bias = _under_autocast(x, weight, bias)
     check_same_dtype(op, x, weight, bias)
-    return _MaskedConv2d.apply(x, weight, bias, mask_type, dilation)
+    chosen = choose(op, backend, x, weight)
+    return _MaskedConv2d.apply(x, weight, bias, mask_type, dilation, groups, channel_groups, chosen)
 
 
 def check_convolution(
@@ -74,6 +108,7 @@ def check_convolution(
     bias: Tensor | None,
     mask_type: str,
     dilation: int,
+    groups: int,
     *,
     spatial: int,
 ) -> None:
@@ -83,10 +118,22 @@ def check_convolution(
     checks.check_float(op, "weight", weight)
     if x.dim() != spatial + 2:
         raise ValueError(f"{op}: x must be {layout}; got {checks.shape(x)}.")
-    if weight.dim() != spatial + 2 or weight.shape[1] != x.shape[1]:
+    checks.check_positive_int(op, "groups", groups)
+    if x.shape[1] % groups:
         raise ValueError(
-            f"{op}: weight must be (O, {x.shape[1]}, {kernel}) to match x {checks.shape(x)}; "
-            f"got {checks.shape(weight)}."
+            f"{op}: groups must divide the {x.shape[1]} channels of x {checks.shape(x)}; "
+            f"got {groups}."
+        )
+    inputs = x.shape[1] // groups
+    if weight.dim() != spatial + 2 or weight.shape[1] != inputs:
+        raise ValueError(
+            f"{op}: weight must be (O, {inputs}, {kernel}) to match x {checks.shape(x)}"
+            f"{f' in {groups} groups' if groups > 1 else ''}; got {checks.shape(weight)}."
+        )
+    if weight.shape[0] % groups:
+        raise ValueError(
+            f"{op}: groups must divide the {weight.shape[0]} output channels of weight "
+            f"{checks.shape(weight)}; got {groups}."
         )
     if any(size % 2 == 0 for size in weight.shape[2:]):
         raise ValueError(
@@ -104,6 +151,22 @@ def check_convolution(
         checks.check_device(op, "bias", bias, x)
     checks.check_choice(op, "mask_type", mask_type, MASK_TYPES)
     checks.check_positive_int(op, "dilation", dilation)
+
+
+def _check_channel_groups(
+    op: str, x: Tensor, weight: Tensor, groups: int, channel_groups: int
+) -> None:
+    checks.check_positive_int(op, "channel_groups", channel_groups)
+    if channel_groups > 1 and groups > 1:
+        raise ValueError(
+            f"{op}: channel_groups must be 1 where groups is not, since groups never see each "
+            f"other; got channel_groups={channel_groups} with groups={groups}."
+        )
+    if x.shape[1] % channel_groups or weight.shape[0] % channel_groups:
+        raise ValueError(
+            f"{op}: channel_groups must divide the {x.shape[1]} input and {weight.shape[0]} output "
+            f"channels; got {channel_groups}."
+        )
 
 
 def check_same_dtype(op: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -126,124 +189,144 @@ def _under_autocast(
     return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
-class _Rectangle(NamedTuple):
-    """One rectangle of live taps and the part of the padded picture it slides over."""
-
-    rows: slice  # of the kernel
-    columns: slice
-    above: int  # zero rows to put above the picture
-    left: int  # zero columns to put left of it
-    right: int
-    height: int  # rows and columns of the padded picture that the taps visit
-    width: int
+def _on_cpp(x: Tensor, weight: Tensor) -> str | None:
+    """Why PyTorch's convolutions are faster than the C++ kernels here; None where they are not."""
+    return None
 
 
-def _live_rectangles(x: Tensor, weight: Tensor, mask_type: str, d: int) -> Iterator[_Rectangle]:
-    height, width = x.shape[2:]
-    kernel_height, kernel_width = weight.shape[2:]
-    up, side = kernel_height // 2, kernel_width // 2
-    if up:
-        yield _Rectangle(
-            slice(0, up),
-            slice(None),
-            *(up * d, side * d, side * d),
-            *(height + (up - 1) * d, width + 2 * side * d),
-        )
-    live = side + (mask_type == "B")
-    if live:
-        yield _Rectangle(
-            slice(up, up + 1),
-            slice(0, live),
-            *(0, side * d, 0),
-            *(height, width + (live - 1) * d),
-        )
+for _op in ("masked_conv2d", "causal_conv1d"):
+    prefer_torch(_op, "cpp", _on_cpp)
 
 
-def _seen(x: Tensor, part: _Rectangle) -> Tensor:
-    padded = F.pad(x, (part.left, part.right, part.above, 0))
-    return padded[:, :, : part.height, : part.width]
+def _empty_like(x: Tensor, channels: int) -> Tensor:
+    """An output for x, in x's memory format: channels_last, else contiguous."""
+    last = x.stride(1) == 1 and not x.is_contiguous()
+    return torch.empty(
+        (x.shape[0], channels, *x.shape[2:]),
+        dtype=x.dtype,
+        device=x.device,
+        memory_format=torch.channels_last if last else torch.contiguous_format,
+    )
 
 
 def _forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, mask_type: str, dilation: int
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask_type: str,
+    dilation: int,
+    groups: int,
+    channel_groups: int,
+    backend: str,
 ) -> Tensor:
-    y: Tensor | None = None
-    for part in _live_rectangles(x, weight, mask_type, dilation):
-        taps = weight[:, :, part.rows, part.columns]
-        term = F.conv2d(_seen(x, part), taps, bias if y is None else None, dilation=dilation)
-        y = term if y is None else y + term
-    if y is None:  # a 1×1 kernel of type "A" has no live tap
-        y = _forward_fake(x, weight, bias, mask_type, dilation).zero_()
-        if bias is not None:
-            y += bias[:, None, None]
-    return y.contiguous()
+    y = _empty_like(x, weight.shape[0])
+    if backend == "cpp":
+        taps = live_taps.masked_taps((weight.shape[2], weight.shape[3]), dilation)
+        parts, _ = live_taps.masked_parts(
+            mask_type, groups, channel_groups, x.shape[1], weight.shape[0]
+        )
+        live_taps.forward(x, weight, bias, y, taps, parts)
+    else:
+        mask = live_rectangles.Mask(mask_type, dilation, groups, channel_groups)
+        live_rectangles.forward(x, weight, bias, mask, y)
+    return y
 
 
 def _forward_fake(
-    x: Tensor, weight: Tensor, bias: Tensor | None, mask_type: str, dilation: int
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask_type: str,
+    dilation: int,
+    groups: int,
+    channel_groups: int,
+    backend: str,
 ) -> Tensor:
-    return x.new_empty((x.shape[0], weight.shape[0], x.shape[2], x.shape[3]))
+    return _empty_like(x, weight.shape[0])
 
 
 def _backward(
-    grad: Tensor, x: Tensor, weight: Tensor, mask_type: str, dilation: int
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    mask_type: str,
+    dilation: int,
+    groups: int,
+    channel_groups: int,
+    wanted: list[bool],
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients to x, weight and bias, each rectangle's put back where it was cut out."""
-    height, width = x.shape[2:]
-    grad_x = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
-    grad_weight = torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device)
-    for part in _live_rectangles(x, weight, mask_type, dilation):
-        taps = weight[:, :, part.rows, part.columns].contiguous()
-        seen = _seen(x, part)
-        grad_seen, grad_taps, _ = torch.ops.aten.convolution_backward(
-            grad,
-            seen,
-            taps,
-            None,
-            *([1, 1], [0, 0], [dilation, dilation]),
-            *(False, [0, 0], 1),
-            [True, True, False],
+    """Gradients to x, weight and bias; one that is not wanted is empty."""
+    grads = _backward_fake(
+        grad, x, weight, mask_type, dilation, groups, channel_groups, wanted, backend
+    )
+    grad_x, grad_weight, grad_bias = grads
+    grad_weight.zero_()
+    if backend == "cpp":
+        taps = live_taps.masked_taps((weight.shape[2], weight.shape[3]), dilation)
+        parts, parts_of_x = live_taps.masked_parts(
+            mask_type, groups, channel_groups, x.shape[1], weight.shape[0]
         )
-        grad_weight[:, :, part.rows, part.columns] = grad_taps
-        # Undo _seen: put the rows and columns that were cut off back, then drop the padding.
-        bottom = part.above + height - part.height
-        right = part.left + width + part.right - part.width
-        whole = F.pad(grad_seen, (0, right, 0, bottom))
-        grad_x += whole[:, :, part.above :, part.left : part.left + width]
-    return grad_x, grad_weight, grad.sum(dim=(0, 2, 3))
+        if wanted[0]:
+            live_taps.backward_x(grad, weight, grad_x, taps, parts_of_x)
+        if wanted[1]:
+            bias_too = grad_bias if wanted[2] else None
+            live_taps.backward_weight(grad, x, grad_weight, bias_too, taps, parts)
+    else:
+        mask = live_rectangles.Mask(mask_type, dilation, groups, channel_groups)
+        live_rectangles.backward(grad, x, weight, mask, grad_x.zero_(), grad_weight)
+    if wanted[2] and not (backend == "cpp" and wanted[1]):
+        torch.sum(grad, dim=(0, 2, 3), out=grad_bias)
+    return grads
+
+
+def _backward_fake(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    mask_type: str,
+    dilation: int,
+    groups: int,
+    channel_groups: int,
+    wanted: list[bool],
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        _empty_like(x, x.shape[1]) if wanted[0] else x.new_empty(0),
+        torch.empty_like(weight) if wanted[1] else x.new_empty(0),
+        grad.new_empty(weight.shape[:1] if wanted[2] else (0,)),
+    )
 
 
 class _MaskedConv2d(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, mask_type: str, dilation: int
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, *options: str | int
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.mask_type, ctx.dilation, ctx.has_bias = mask_type, dilation, bias is not None
-        return torch.ops.fastvq.masked_conv2d(x, weight, bias, mask_type, dilation)
+        ctx.options = options
+        return torch.ops.fastvq.masked_conv2d(x, weight, bias, *options)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        grad_x, grad_weight, grad_bias = torch.ops.fastvq.masked_conv2d_backward(
-            grad, x, weight, ctx.mask_type, ctx.dilation
-        )
-        return grad_x, grad_weight, grad_bias if ctx.has_bias else None, None, None
+        *mask, backend = ctx.options
+        wanted = list(ctx.needs_input_grad[:3])
+        grads = torch.ops.fastvq.masked_conv2d_backward(grad, x, weight, *mask, wanted, backend)
+        given = (one if want else None for one, want in zip(grads, wanted))
+        return (*given, *(None for _ in ctx.options))
 
 
 register(
-    "masked_conv2d(Tensor x, Tensor weight, Tensor? bias, str mask_type, int dilation) -> Tensor",
+    "masked_conv2d(Tensor x, Tensor weight, Tensor? bias, str mask_type, int dilation, "
+    "int groups, int channel_groups, str backend) -> Tensor",
     _forward,
     _forward_fake,
 )
 register(
-    "masked_conv2d_backward(Tensor grad, Tensor x, Tensor weight, str mask_type, int dilation)"
-    " -> (Tensor, Tensor, Tensor)",
+    "masked_conv2d_backward(Tensor grad, Tensor x, Tensor weight, str mask_type, int dilation, "
+    "int groups, int channel_groups, bool[3] wanted, str backend) -> (Tensor, Tensor, Tensor)",
     _backward,
-    lambda grad, x, weight, mask_type, dilation: (
-        torch.empty(x.shape, dtype=x.dtype, device=x.device),
-        torch.empty(weight.shape, dtype=weight.dtype, device=weight.device),
-        grad.new_empty(weight.shape[:1]),
-    ),
+    _backward_fake,
 )

@@ -12,6 +12,7 @@
 #include "counted_mean.h"
 #include "ema_step.h"
 #include "isa.h"
+#include "masked_conv.h"
 #include "nearest_code.h"
 #include "residual_quantize.h"
 #include "row_passes.h"
@@ -400,6 +401,97 @@ PyObject* sample_row(PyObject*, PyObject* args) {
   });
 }
 
+fastvq::ConvKernels conv_kernels_in_use() {
+  switch (fastvq::isa_in_use()) {
+#if defined(__x86_64__)
+    case fastvq::Isa::kAmx:
+    case fastvq::Isa::kAvx512:
+      return {&fastvq::masked_conv_avx512,
+              fastvq::machine_has_bf16() ? fastvq::masked_conv_bf16 : nullptr};
+    case fastvq::Isa::kAvx2:
+      return {&fastvq::masked_conv_avx2, nullptr};
+#endif
+    default:
+      return {&fastvq::masked_conv_generic, nullptr};
+  }
+}
+
+// Pictures, weight and taps as the calls below take them: dtype, B, C, O, H, W; x, y and their four
+// strides each; weight, its strides of output and input channels; taps, their number.
+#define CONV_FORMAT "iLLLLLKLLLLKLLLLKLLKL"
+struct ConvArguments {
+  unsigned long long x, y, weight, taps;
+  int dtype;
+  long long B, C, O, H, W, x_strides[4], y_strides[4], weight_strides[2], num_taps;
+
+  template <class... More>
+  bool parse(PyObject* args, const char* format, More*... more) {
+    return PyArg_ParseTuple(args, format, &dtype, &B, &C, &O, &H, &W, &x, &x_strides[0],
+                            &x_strides[1], &x_strides[2], &x_strides[3], &y, &y_strides[0],
+                            &y_strides[1], &y_strides[2], &y_strides[3], &weight,
+                            &weight_strides[0], &weight_strides[1], &taps, &num_taps, more...) != 0;
+  }
+
+  fastvq::ConvProblem checked(int num_threads) const {
+    check_dtype(dtype);
+    check(B >= 0 && C >= 0 && O >= 0 && H >= 0 && W >= 0 && num_taps >= 0 && num_threads >= 1,
+          "_fastvq_C: sizes must be B, C, O, H, W, num_taps >= 0 and num_threads >= 1.");
+    const fastvq::ConvTap* all = address<const fastvq::ConvTap*>(taps);
+    for (long long i = 0; i < num_taps; ++i) {
+      check(0 <= all[i].first && all[i].first <= all[i].last && all[i].last <= C,
+            "_fastvq_C: a tap's channels must lie within x's.");
+    }
+    return {dtype,
+            B,
+            C,
+            O,
+            H,
+            W,
+            images(x, x_strides),
+            images(y, y_strides),
+            address<void*>(weight),
+            weight_strides[0],
+            weight_strides[1],
+            all,
+            num_taps};
+  }
+  static fastvq::ConvImages images(unsigned long long data, const long long (&strides)[4]) {
+    return {address<void*>(data), strides[0], strides[1], strides[2], strides[3]};
+  }
+};
+
+PyObject* masked_conv(PyObject*, PyObject* args) {
+  ConvArguments in;
+  unsigned long long bias;
+  int add, num_threads;
+  if (!in.parse(args, CONV_FORMAT "Kii", &bias, &add, &num_threads)) return nullptr;
+  return guarded([&]() -> PyObject* {
+    const fastvq::ConvProblem problem = in.checked(num_threads);
+    const fastvq::ConvKernels kernels = conv_kernels_in_use();
+    {
+      const WithoutPythonLock unlocked;
+      fastvq::masked_conv(kernels, problem, address<const void*>(bias), add != 0, num_threads);
+    }
+    Py_RETURN_NONE;
+  });
+}
+
+PyObject* masked_conv_weight_gradient(PyObject*, PyObject* args) {
+  ConvArguments in;
+  unsigned long long grad_bias;
+  int num_threads;
+  if (!in.parse(args, CONV_FORMAT "Ki", &grad_bias, &num_threads)) return nullptr;
+  return guarded([&]() -> PyObject* {
+    const fastvq::ConvProblem problem = in.checked(num_threads);
+    const fastvq::ConvKernels kernels = conv_kernels_in_use();
+    {
+      const WithoutPythonLock unlocked;
+      fastvq::masked_conv_weight_gradient(kernels, problem, address<void*>(grad_bias), num_threads);
+    }
+    Py_RETURN_NONE;
+  });
+}
+
 PyObject* isa_available(PyObject*, PyObject*) {
   return guarded([]() -> PyObject* {
     PyObject* names = PyList_New(0);
@@ -466,6 +558,16 @@ PyMethodDef methods[] = {
      "sample_row(problem, columns, blocks)\n\n"
      "Draws one row of codes. problem: address of a SampleRowProblem; columns: address of\n"
      "(blocks,) int64, the next column of each range of samples. See kernels/cpu/sample_row.h."},
+    {"masked_conv", masked_conv, METH_VARARGS,
+     "masked_conv(dtype, B, C, O, H, W, x, *x_strides, y, *y_strides, weight, stride_o, stride_c,\n"
+     "taps, num_taps, bias, add, num_threads)\n\n"
+     "taps: address of (num_taps, 5) int64: dy, dx, weight offset, first and last channel. bias "
+     "may\n"
+     "be 0. See kernels/cpu/masked_conv.h."},
+    {"masked_conv_weight_gradient", masked_conv_weight_gradient, METH_VARARGS,
+     "masked_conv_weight_gradient(dtype, B, C, O, H, W, x, *x_strides, grad, *grad_strides,\n"
+     "grad_weight, stride_o, stride_c, taps, num_taps, grad_bias, num_threads)\n\n"
+     "grad_bias may be 0. See kernels/cpu/masked_conv.h."},
     {"isa_available", isa_available, METH_NOARGS,
      "Names of the instruction sets this machine has: generic, avx2, avx512, amx."},
     {"isa_in_use", isa_in_use, METH_NOARGS,

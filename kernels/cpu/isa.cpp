@@ -103,6 +103,16 @@ bool machine_has_vnni() {
 #endif
 }
 
+bool machine_has_bf16() {
+#if defined(__x86_64__)
+  constexpr uint32_t kBf16 = 1u << 5;
+  uint32_t a, b, c, d;
+  return machine_has(Isa::kAvx512) && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & kBf16) != 0;
+#else
+  return false;
+#endif
+}
+
 Isa isa_in_use() {
   const std::vector<Isa> available = isa_available();
   Isa widest = available.back();

@@ -17,6 +17,9 @@ std::vector<Isa> isa_available();
 // Whether AVX-512 has whole-number products here: VNNI, an extension within the level avx512.
 bool machine_has_vnni();
 
+// Whether AVX-512 has products of pairs of bfloat16 numbers, likewise.
+bool machine_has_bf16();
+
 // The widest kernel the machine and FASTVQ_CPU_ISA allow. Reads the variable at every call (hold
 // Python's lock: it guards os.environ). Throws std::runtime_error for a word it does not know and
 // for an instruction set the machine lacks.
