@@ -42,6 +42,8 @@ X86_FLAGS = {
     "row_passes_avx2.cpp": AVX2_FLAGS,
     "row_passes_avx512.cpp": AVX512_FLAGS,
     # The priors' arithmetic has no canonical rounding to keep.
+    "gated_activation_avx2.cpp": [*AVX2_FLAGS, "-ffp-contract=fast"],
+    "gated_activation_avx512.cpp": [*AVX512_FLAGS, "-ffp-contract=fast"],
     "masked_conv_avx2.cpp": [*AVX2_FLAGS, "-ffp-contract=fast"],
     "masked_conv_avx512.cpp": [*AVX512_FLAGS, "-ffp-contract=fast"],
     "masked_conv_bf16.cpp": [*AVX512_FLAGS, "-ffp-contract=fast"],

@@ -7,16 +7,10 @@ The prior built from these layers is `fastvq.models.PixelCNN`; the single masked
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastvq import ops
 from fastvq.nn.masked_conv import MaskedConv2d, check_mask_type
-
-
-def _gate(features: Tensor) -> Tensor:
-    """tanh of the first half of the channels times sigmoid of the second half."""
-    values, gates = features.chunk(2, dim=1)
-    return torch.tanh(values) * torch.sigmoid(gates)
 
 
 class GatedMaskedConv2d(nn.Module):
@@ -35,7 +29,7 @@ class GatedMaskedConv2d(nn.Module):
     The vertical stack spans columns j − r·d … j + r·d. In a stack of layers whose first has mask
     type "A", vertical features at row i hold codes of rows < i only, so later layers (type "B")
     may use their own row, and must: without it the codes up and to the right stay unseen.
-    The rectangle of live rows is convolved; no masked tap is multiplied.
+    No masked tap is multiplied. The layer is one op, `fastvq.ops.gated_masked_conv`.
 
     Horizontal features hold codes up to the one at (i, j − 1) after a type "A" layer. That
     layer's *input* is the code at (i, j) itself, so adding it back would show the model the code
@@ -98,17 +92,7 @@ class GatedMaskedConv2d(nn.Module):
         if condition_channels is not None:
             self.condition_map = nn.Conv2d(condition_channels, 2 * both, 1, bias=False)
 
-    def _vertical_features(self, vertical: Tensor) -> Tensor:
-        """Convolve the live rectangle: rows above, and with mask type "B" the own row."""
-        height = vertical.shape[2]
-        reach = self.dilation * (self.kernel_size // 2)
-        if self.mask_type == "A":
-            vertical = vertical[:, :, : max(height - self.dilation, 0)]
-        features = self.vertical(F.pad(vertical, (reach, reach, reach, 0)))
-        return features[:, :, :height]  # longer only where type "A" meets height < dilation
-
-    def _conditioning(self, class_labels: Tensor | None, condition: Tensor | None) -> Tensor | None:
-        """What class and map add before the gates: broadcastable to (B, 4C, H, W), or None."""
+    def _check_conditioning(self, class_labels: Tensor | None, condition: Tensor | None) -> None:
         if (class_labels is None) != (self.class_bias is None):
             raise ValueError(
                 "GatedMaskedConv2d: class_labels must be given exactly when num_classes is; "
@@ -121,13 +105,6 @@ class GatedMaskedConv2d(nn.Module):
                 f"got condition {'None' if condition is None else 'given'} with "
                 f"condition_channels={self.condition_channels}."
             )
-        added = None
-        if self.class_bias is not None:
-            added = self.class_bias(class_labels)[:, :, None, None]
-        if self.condition_map is not None:
-            mapped = self.condition_map(condition)
-            added = mapped if added is None else mapped + added
-        return added
 
     def forward(
         self,
@@ -148,15 +125,27 @@ class GatedMaskedConv2d(nn.Module):
         Raises:
             ValueError: class_labels or condition missing, or given to a layer without them.
         """
-        vertical_features = self._vertical_features(vertical)
-        horizontal_features = self.horizontal(horizontal) + self.link(vertical_features)
-        added = self._conditioning(class_labels, condition)
-        if added is not None:
-            for_vertical, for_horizontal = added.chunk(2, dim=1)
-            vertical_features = vertical_features + for_vertical
-            horizontal_features = horizontal_features + for_horizontal
-        vertical_out = self.dropout(_gate(vertical_features))
-        horizontal_out = self.horizontal_out(self.dropout(_gate(horizontal_features)))
-        if self.residual:
-            horizontal_out = horizontal_out + horizontal
-        return vertical_out, horizontal_out
+        self._check_conditioning(class_labels, condition)
+        seed = None
+        if self.training and self.dropout.p > 0:
+            seed = torch.randint(2**63 - 1, (), device=vertical.device)
+        return ops.gated_masked_conv(
+            vertical,
+            horizontal,
+            self._weights(),
+            mask_type=self.mask_type,
+            dilation=self.dilation,
+            class_bias=None if self.class_bias is None else self.class_bias(class_labels),
+            condition=condition,
+            condition_weight=None if self.condition_map is None else self.condition_map.weight,
+            dropout=self.dropout.p,
+            seed=seed,
+            residual=self.residual,
+        )
+
+    def _weights(self) -> ops.GatedWeights:
+        tensors = []
+        for conv in (self.vertical, self.horizontal, self.link, self.horizontal_out):
+            assert conv.bias is not None
+            tensors += [conv.weight, conv.bias]
+        return ops.GatedWeights(*tensors)

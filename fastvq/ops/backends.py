@@ -23,7 +23,15 @@ BACKENDS = ("triton", "cpp", "reference")
 _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _KERNELS: dict[str, frozenset[str]] = {
     "triton": frozenset({"nearest_code", "code_statistics"}),
-    "cpp": frozenset({"nearest_code", "code_statistics", "masked_conv2d", "causal_conv1d"}),
+    "cpp": frozenset(
+        {
+            "nearest_code",
+            "code_statistics",
+            "masked_conv2d",
+            "causal_conv1d",
+            "gated_masked_conv",
+        }
+    ),
 }
 # Ops assembled from another op's kernel and ordinary tensor arithmetic.
 _SEARCH = {"vector_quantize": "nearest_code", "residual_quantize": "nearest_code"}
@@ -38,6 +46,7 @@ OPS = (
     "residual_quantize",
     "masked_conv2d",
     "causal_conv1d",
+    "gated_masked_conv",
 )
 _DEVICE = {"triton": "cuda", "cpp": "cpu"}
 _OLDEST_TRITON = (3, 6)

@@ -11,6 +11,7 @@
 #include "code_statistics.h"
 #include "counted_mean.h"
 #include "ema_step.h"
+#include "gated_activation.h"
 #include "isa.h"
 #include "masked_conv.h"
 #include "nearest_code.h"
@@ -492,6 +493,90 @@ PyObject* masked_conv_weight_gradient(PyObject*, PyObject* args) {
   });
 }
 
+const fastvq::GatedActivationPasses& gated_activation_in_use() {
+  switch (fastvq::isa_in_use()) {
+#if defined(__x86_64__)
+    case fastvq::Isa::kAmx:
+    case fastvq::Isa::kAvx512:
+      return fastvq::gated_activation_avx512;
+    case fastvq::Isa::kAvx2:
+      return fastvq::gated_activation_avx2;
+#endif
+    default:
+      return fastvq::gated_activation_generic;
+  }
+}
+
+// What both directions of the gate take first.
+#define GATED_ACTIVATION_FORMAT "KKLKLiLLLKKd"
+struct GatedActivationArguments {
+  unsigned long long features, class_bias, mapped, stream, threshold;
+  long long class_stride, mapped_stride, B, P, C;
+  int dtype;
+  double scale;
+
+  fastvq::GatedActivation checked(int num_threads) const {
+    check_dtype(dtype);
+    check(B >= 0 && P >= 0 && C >= 1 && num_threads >= 1,
+          "_fastvq_C: sizes must be B, P >= 0, C and num_threads >= 1.");
+    return {address<const void*>(features),
+            address<const void*>(class_bias),
+            class_stride,
+            address<const void*>(mapped),
+            mapped_stride,
+            dtype,
+            B,
+            P,
+            C,
+            stream,
+            threshold,
+            static_cast<float>(scale)};
+  }
+};
+
+PyObject* gated_activation(PyObject*, PyObject* args) {
+  GatedActivationArguments in;
+  unsigned long long gated;
+  int num_threads;
+  if (!PyArg_ParseTuple(args, GATED_ACTIVATION_FORMAT "Ki", &in.features, &in.class_bias,
+                        &in.class_stride, &in.mapped, &in.mapped_stride, &in.dtype, &in.B, &in.P,
+                        &in.C, &in.stream, &in.threshold, &in.scale, &gated, &num_threads)) {
+    return nullptr;
+  }
+  return guarded([&]() -> PyObject* {
+    const fastvq::GatedActivation call = in.checked(num_threads);
+    const fastvq::GatedActivationPasses& passes = gated_activation_in_use();
+    {
+      const WithoutPythonLock unlocked;
+      fastvq::gated_activation(passes, call, address<void*>(gated), num_threads);
+    }
+    Py_RETURN_NONE;
+  });
+}
+
+PyObject* gated_activation_backward(PyObject*, PyObject* args) {
+  GatedActivationArguments in;
+  unsigned long long grad, grad_features, sums, gated;
+  int num_threads;
+  if (!PyArg_ParseTuple(args, GATED_ACTIVATION_FORMAT "KKKKi", &in.features, &in.class_bias,
+                        &in.class_stride, &in.mapped, &in.mapped_stride, &in.dtype, &in.B, &in.P,
+                        &in.C, &in.stream, &in.threshold, &in.scale, &grad, &grad_features, &sums,
+                        &gated, &num_threads)) {
+    return nullptr;
+  }
+  return guarded([&]() -> PyObject* {
+    const fastvq::GatedActivation call = in.checked(num_threads);
+    const fastvq::GatedActivationPasses& passes = gated_activation_in_use();
+    {
+      const WithoutPythonLock unlocked;
+      fastvq::gated_activation_backward(passes, call, address<const void*>(grad),
+                                        address<void*>(grad_features), address<float*>(sums),
+                                        address<void*>(gated), num_threads);
+    }
+    Py_RETURN_NONE;
+  });
+}
+
 PyObject* isa_available(PyObject*, PyObject*) {
   return guarded([]() -> PyObject* {
     PyObject* names = PyList_New(0);
@@ -568,6 +653,14 @@ PyMethodDef methods[] = {
      "masked_conv_weight_gradient(dtype, B, C, O, H, W, x, *x_strides, grad, *grad_strides,\n"
      "grad_weight, stride_o, stride_c, taps, num_taps, grad_bias, num_threads)\n\n"
      "grad_bias may be 0. See kernels/cpu/masked_conv.h."},
+    {"gated_activation", gated_activation, METH_VARARGS,
+     "gated_activation(features, class_bias, class_stride, mapped, mapped_stride, dtype, B,\n"
+     "P, C, stream, threshold, scale, gated, num_threads)\n\n"
+     "class_bias and mapped may be 0. See kernels/cpu/gated_activation.h."},
+    {"gated_activation_backward", gated_activation_backward, METH_VARARGS,
+     "gated_activation_backward(<as gated_activation, up to scale>, grad, grad_features, sums,\n"
+     "gated, num_threads)\n\n"
+     "See kernels/cpu/gated_activation.h."},
     {"isa_available", isa_available, METH_NOARGS,
      "Names of the instruction sets this machine has: generic, avx2, avx512, amx."},
     {"isa_in_use", isa_in_use, METH_NOARGS,

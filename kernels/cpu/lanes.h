@@ -18,10 +18,11 @@ typedef double Doubles8 __attribute__((vector_size(64)));
 
 #define FASTVQ_INLINE inline __attribute__((always_inline))
 
-// Copies count < 16 elements in pieces of constant size: a short memcpy of unknown size is a call.
-template <class Element>
+// Copies count < kCapacity ≤ 16 elements in pieces of constant size: a short memcpy of unknown size
+// is a call.
+template <int64_t kCapacity, class Element>
 FASTVQ_INLINE void copy_few(const Element* from, int64_t count, Element* to) {
-  for (int64_t piece = 8; piece > 0; piece /= 2) {
+  for (int64_t piece = kCapacity / 2; piece > 0; piece /= 2) {
     if (!(count & piece)) continue;
     if (piece == 8) memcpy(to, from, 8 * sizeof(Element));
     if (piece == 4) memcpy(to, from, 4 * sizeof(Element));
@@ -60,7 +61,7 @@ FASTVQ_INLINE Vector load_floats(const Element* from, int64_t count) {
   if (count == sizeof(Vector) / sizeof(float)) {
     memcpy(&vector, from, sizeof vector);
   } else {
-    copy_few(from, count, reinterpret_cast<Element*>(&vector));
+    copy_few<sizeof(Vector) / sizeof(float)>(from, count, reinterpret_cast<Element*>(&vector));
   }
   return vector;
 }
@@ -72,7 +73,7 @@ FASTVQ_INLINE void store_floats(Vector vector, Element* to, int64_t count) {
   if (count == sizeof(Vector) / sizeof(float)) {
     memcpy(to, &vector, sizeof vector);
   } else {
-    copy_few(reinterpret_cast<const Element*>(&vector), count, to);
+    copy_few<sizeof(Vector) / sizeof(float)>(reinterpret_cast<const Element*>(&vector), count, to);
   }
 }
 

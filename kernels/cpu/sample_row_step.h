@@ -11,59 +11,17 @@
 
 #include <cstring>
 
+#include "gate_lanes.h"
 #include "sample_row.h"
 
 namespace fastvq {
 namespace {
 
-constexpr int64_t kLanes = FASTVQ_VECTOR_BYTES / 4;
-typedef float Floats __attribute__((vector_size(FASTVQ_VECTOR_BYTES)));
-typedef int32_t Ints __attribute__((vector_size(FASTVQ_VECTOR_BYTES)));
-
-inline Floats load(const float* p) {
-  Floats v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
-inline void store(float* p, Floats v) { std::memcpy(p, &v, sizeof v); }
 inline void copy(const float* from, int64_t count, float* to) {
   std::memcpy(to, from, static_cast<size_t>(count) * sizeof *to);
 }
-inline Floats all(float value) { return Floats{} + value; }
-
-// exp(x) to about 2 units in the last place; x is cut to −80 … 80. A NaN stays one.
-inline Floats exponential(Floats x) {
-  x = x > 80.0f ? all(80.0f) : x;
-  x = x < -80.0f ? all(-80.0f) : x;
-  const Floats magic = all(12582912.0f);  // 1.5·2²³: adding it rounds to an integer
-  const Floats rounded = x * 1.44269504f + magic;
-  const Floats n = rounded - magic;
-  const Floats r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts
-  Floats p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
-  Ints bits, zero;
-  std::memcpy(&bits, &rounded, sizeof bits);
-  std::memcpy(&zero, &magic, sizeof zero);
-  bits = (bits - zero + 127) << 23;
-  Floats power;
-  std::memcpy(&power, &bits, sizeof power);
-  return p * power;
-}
 
 inline float positive(float value) { return value < 0.0f ? 0.0f : value; }
-
-// tanh(a)·sigmoid(b). Beyond 10, tanh is 1 in float32.
-inline Floats gate(Floats a, Floats b) {
-  a = a > 10.0f ? all(10.0f) : a;
-  a = a < -10.0f ? all(-10.0f) : a;
-  b = b < -40.0f ? all(-40.0f) : b;
-  const Floats e = exponential(2.0f * a);
-  return (e - 1.0f) / ((e + 1.0f) * (1.0f + exponential(-b)));
-}
 
 // One thread's work: the samples first … last − 1.
 class RowSampler {

@@ -1,0 +1,97 @@
+"""One gated PixelCNN layer, forward and backward, beside the same layer in plain PyTorch.
+
+The rival is the usual layer: each stack's input padded and cropped so that an ordinary convolution
+over the live rectangle sees nothing later, then addition, chunk, tanh, σ and product. It is timed
+in both memory formats. Before a time is reported, outputs and all gradients are compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.suites import Context, Prepared
+from fastvq.nn import GatedMaskedConv2d
+
+CASES = {
+    device: [
+        {"B": 16, "H": 32, "W": 32, "C": channels, "k": kernel, "dtype": dtype}
+        for dtype in (("float32",) if device == "cpu" else ("bfloat16", "float32"))
+        for kernel in (3, 5)
+        for channels in (64, 128, 256)
+    ]
+    for device in ("cpu", "cuda")
+}
+QUICK_CASES = [{"B": 2, "H": 6, "W": 5, "C": 8, "k": 3, "dtype": "float32"}]
+# Of the float32 results' norms; the order of sums differs.
+_MOST_DIFFERENCE = {"float32": 1e-4, "bfloat16": 0.05}
+
+
+def prepare(case: dict[str, Any], context: Context) -> Prepared:
+    torch.manual_seed(0)
+    dtype = getattr(torch, case["dtype"])
+    layer = GatedMaskedConv2d(case["C"], case["k"]).to(context.device, dtype)
+    shape = (4, case["B"], case["C"], case["H"], case["W"])
+    inputs = torch.randn(shape, device=context.device).to(dtype)
+    prepared = Prepared()
+    ours = _step(layer, layer, inputs, torch.channels_last)
+    prepared.candidates["fastvq"] = ours
+    expected = [result.clone() for result in ours()]
+    for name, run, memory_format in (
+        ("fastvq, contiguous", layer, torch.contiguous_format),
+        ("eager padded crop", padded_crop(layer), torch.contiguous_format),
+        ("eager padded crop, channels_last", padded_crop(layer), torch.channels_last),
+    ):
+
+        def checked(
+            run: Callable = run, memory_format: torch.memory_format = memory_format
+        ) -> Callable[[], object]:
+            step = _step(layer, run, inputs, memory_format)
+            for result, truth in zip(step(), expected):
+                difference = (result - truth).float().norm() / truth.float().norm()
+                if not difference <= _MOST_DIFFERENCE[case["dtype"]]:
+                    raise RuntimeError(f"results differ by {difference:.1e} of their norm")
+            return step
+
+        prepared.rival(name, checked)
+    return prepared
+
+
+def padded_crop(layer: GatedMaskedConv2d) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """The layer as users write it, with mask type "B", from the same weights."""
+    side, live = layer.kernel_size // 2, layer.kernel_size // 2 + 1
+
+    def run(vertical: Tensor, horizontal: Tensor) -> tuple[Tensor, Tensor]:
+        features_v = layer.vertical(F.pad(vertical, (side, side, side, 0)))
+        taps = layer.horizontal.weight[..., :live]
+        features_h = F.conv2d(F.pad(horizontal, (side, 0, 0, 0)), taps, layer.horizontal.bias)
+        features_h = features_h + layer.link(features_v)
+        out = layer.horizontal_out(_gate(features_h)) + horizontal
+        return _gate(features_v), out
+
+    return run
+
+
+def _gate(features: Tensor) -> Tensor:
+    values, gates = features.chunk(2, dim=1)
+    return torch.tanh(values) * torch.sigmoid(gates)
+
+
+def _step(
+    layer: GatedMaskedConv2d, run: Callable, inputs: Tensor, memory_format: torch.memory_format
+) -> Callable[[], tuple[Tensor, ...]]:
+    vertical, horizontal, *upstream = (
+        part.contiguous(memory_format=memory_format) for part in inputs
+    )
+    leaves = [vertical.requires_grad_(), horizontal.requires_grad_(), *layer.parameters()]
+
+    def step() -> tuple[Tensor, ...]:
+        outputs = run(vertical, horizontal)
+        grads = torch.autograd.grad(outputs, leaves, upstream)
+        return (*(output.detach() for output in outputs), *grads)
+
+    return step

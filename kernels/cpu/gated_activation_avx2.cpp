@@ -1,0 +1,7 @@
+// The gate's passes in this file's instruction set: see gated_activation.h.
+#define FASTVQ_VECTOR_BYTES 32
+#include "gated_activation_pass.h"
+
+namespace fastvq {
+const GatedActivationPasses gated_activation_avx2 = {gate_forward, gate_backward};
+}  // namespace fastvq
