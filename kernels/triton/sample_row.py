@@ -300,7 +300,8 @@ def _draw_code_kernel(
             if TOP_K or TOP_P:
                 ordered = tl.sort(logits, descending=True).to(tl.float64) / temperature
                 wide = delta + _ROUNDING
-                sure, floor = ordered.dtype(-float("inf")), ordered.dtype(-float("inf"))
+                sure = tl.full((), -float("inf"), tl.float64)
+                floor = sure
                 if TOP_K:
                     sure, floor = _top_k_bounds(ordered, wide, top_k, k)
                 least = floor
