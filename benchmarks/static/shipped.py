@@ -205,6 +205,7 @@ def _row_cases() -> Iterator[Case]:
 def _sampling_cases() -> Iterator[Case]:
     """The kernels of one code of a prior, for one sample and for many, and every rule of a draw."""
     from fastvq.sampling.draw import Filter
+    from fastvq.sampling.gpu_rows import MOST_CODES
 
     rules = {
         "draw": Filter(),
@@ -222,9 +223,9 @@ def _sampling_cases() -> Iterator[Case]:
                 if kind.startswith("product"):
                     name += f" n{samples} {str(dtype).removeprefix('torch.')}"
                 for capability in (80, 90, 100):
-                    yield Case(name, capability, launch)
+                    yield Case(name, capability, on_device(launch))
     for name, rule in rules.items():
-        for num_codes in (512, 8192):
+        for num_codes in (512, MOST_CODES):
             launch = _sampling_launches(2, torch.float32, rule, num_codes)[-1]
             for capability in (80, 90, 100) if num_codes == 512 else (90,):
                 yield Case(f"sampling {name} K{num_codes}", capability, launch)

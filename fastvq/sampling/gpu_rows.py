@@ -28,17 +28,17 @@ from fastvq.sampling.request import Conditioning, Request
 from fastvq.sampling.vertical import VerticalStack
 
 # The draw holds a code's scores in one program's registers.
-_MOST_CODES = 8192
+MOST_CODES = 2048
 
 
 def can_run(plan: PriorPlan, *, interpreted: bool = False) -> bool:
-    """Whether the Triton kernels draw from this plan: float32 on a GPU, at most 8192 codes.
+    """Whether the Triton kernels draw from this plan: float32 on a GPU, at most 2048 codes.
 
     Args:
         interpreted: Triton's interpreter will do, which runs on a CPU to check values.
     """
     weight = plan.embedding
-    if weight.dtype != torch.float32 or len(weight) > _MOST_CODES:
+    if weight.dtype != torch.float32 or len(weight) > MOST_CODES:
         return False
     return why_not("triton", "sample_row", weight, by_name=interpreted) is None
 
@@ -113,6 +113,7 @@ class GpuMapExecutor:
         self._vertical = VerticalStack(plan, conditioning, n, width)
         self._codes = new((n, height, width), dtype=torch.int64)
         self._doubts = new((n, height, width), dtype=torch.int8)
+        self.logits = new(n, request.num_codes)  # of the code drawn last
         self._position, self._row = new(1, dtype=torch.int64), new(1, dtype=torch.int64)
         if launcher is None:
             launcher = Replayed if plan.embedding.is_cuda else one_by_one
@@ -185,7 +186,7 @@ class GpuMapExecutor:
         ]
         inputs.append(vectors(channels))  # the head's
         gated, hidden = vectors(channels), vectors(head.hidden_weight.shape[1])
-        logits = vectors(num_codes)
+        logits = Columns(self.logits, num_codes)
         features: list[Callable[[], None]] = []
         row_terms = iter(self._vertical.row_terms)
         for layer, rows, here, after in zip(plan.layers, padded, inputs, inputs[1:]):
@@ -229,7 +230,7 @@ class GpuMapExecutor:
             top_k=rule.top_k,
             top_p=top_p < 1,
         )
-        draw = [to_hidden, to_logits, partial(drawn, logits.tensor)]
+        draw: list[Callable[[], None]] = [to_hidden, to_logits, partial(drawn, logits.tensor)]
         return features, draw, partial(drawn, None)
 
     def _attention(

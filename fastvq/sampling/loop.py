@@ -124,9 +124,7 @@ def _noise(request: Request, start: int, count: int) -> Tensor | None:
     if request.rule.temperature == 0:
         return None
     positions = torch.arange(start, start + count, device=request.device)
-    return gumbel_noise(
-        request.seed, request.samples, request.level, positions, request.num_codes
-    )
+    return gumbel_noise(request.seed, request.samples, request.level, positions, request.num_codes)
 
 
 class _Noise:
@@ -185,9 +183,7 @@ def _run_rows(
             bar.update(request.num_samples * request.width)
 
 
-def _run(
-    executor: Executor, codes: Tensor, settler: Settler, request: Request, bar: Any
-) -> None:
+def _run(executor: Executor, codes: Tensor, settler: Settler, request: Request, bar: Any) -> None:
     """Draw the unknown codes (n, H, W) in raster order, in place."""
     known = (codes >= 0).all(dim=0).tolist()
     noise_source = _Noise(request)

@@ -23,7 +23,7 @@ import triton.language as tl
 # What a product reads at a time: outputs of one program, inputs of one step of its loop. Alone, a
 # sample is a sum over the inputs, without the matrix units; beside others it is a row of a tile.
 _ALONE = {"BLOCK_S": 1, "BLOCK_O": 4, "BLOCK_I": 256, "num_warps": 4}
-_BESIDE = {"BLOCK_S": 16, "BLOCK_O": 16, "BLOCK_I": 64, "num_warps": 4}
+_BESIDE = {"BLOCK_S": 16, "BLOCK_O": 16, "BLOCK_I": 32, "num_warps": 4, "num_stages": 4}
 _ATTENTION_POSITIONS = 64
 
 # SplitMix64's constants and the doubt's tolerance: fastvq/sampling's `noise` and `draw`.
@@ -58,7 +58,12 @@ def _gate(values, gates):
 
 
 @triton.jit
-def _add_product(sums, x, weight, BLOCK_S: tl.constexpr):
+def _widened(a, b, c, weight):
+    return a.to(tl.float32), b.to(tl.float32), c.to(tl.float32), weight.to(tl.float32)
+
+
+@triton.jit
+def _add_product(sums, x, weight, BLOCK_S: tl.constexpr, INTERPRETED: tl.constexpr):
     """sums + x · weightᵀ; with one sample the terms stay apart, for one reduction at the end."""
     if BLOCK_S == 1:
         sums += x * weight.to(tl.float32)
@@ -69,6 +74,8 @@ def _add_product(sums, x, weight, BLOCK_S: tl.constexpr):
         b = x.to(tl.bfloat16)
         c = (x - b.to(tl.float32)).to(tl.bfloat16)
         weight = tl.trans(weight)
+        if INTERPRETED:  # its products take no bfloat16
+            a, b, c, weight = _widened(a, b, c, weight)
         sums = tl.dot(c, weight, sums)
         sums = tl.dot(b, weight, sums)
         sums = tl.dot(a, weight, sums)
@@ -106,6 +113,7 @@ def _row_product_kernel(
     GATED: tl.constexpr,
     RECTIFIED: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
+    INTERPRETED: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
@@ -135,10 +143,10 @@ def _row_product_kernel(
                 x = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
             at = weight_ptr + (o * TAPS + tap)[:, None] * INPUTS + i
             mask = in_o[:, None] & in_i
-            sums = _add_product(sums, x, tl.load(at, mask=mask, other=0.0), BLOCK_S)
+            sums = _add_product(sums, x, tl.load(at, mask=mask, other=0.0), BLOCK_S, INTERPRETED)
             if GATED:
                 weight = tl.load(at + OUTPUTS * TAPS * INPUTS, mask=mask, other=0.0)
-                gates = _add_product(gates, x, weight, BLOCK_S)
+                gates = _add_product(gates, x, weight, BLOCK_S, INTERPRETED)
     if BLOCK_S == 1:
         sums = tl.sum(sums, axis=1)[None, :]
         gates = tl.sum(gates, axis=1)[None, :]
@@ -388,6 +396,7 @@ def row_product(
         GATED=gated,
         RECTIFIED=rectified,
         HAS_RESIDUAL=residual is not None,
+        INTERPRETED=not weight.is_cuda,
         enable_fp_fusion=True,
         **tile,
     )
@@ -471,5 +480,5 @@ def draw_code(
         BLOCK_K=block,
         BLOCK_C=triton.next_power_of_2(channels),
         enable_fp_fusion=True,
-        num_warps=min(32, max(4, block // 128)),
+        num_warps=min(16, max(4, block // 128)),
     )
