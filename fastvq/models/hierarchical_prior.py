@@ -286,8 +286,8 @@ class HierarchicalPrior(Pretrained, nn.Module):
             class_labels: (n,) int64, or one int for all.
             temperature, top_k, top_p: one value, or one per level; as `PixelCNN.sample`.
             given: one map per level (known codes, −1 elsewhere) or None for a level without any.
-            seed, method, progress, first_sample, verify: as `PixelCNN.sample`. The condition maps are
-                computed in float64 so that they, too, do not depend on the batch.
+            seed, method, progress, first_sample, verify: as `PixelCNN.sample`. The condition maps
+                are computed in float64 so that they, too, do not depend on the batch.
             shapes: (H, W) per level; None: the prior's own.
         Returns:
             One (n, H, W) int64 map per level.

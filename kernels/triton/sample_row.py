@@ -23,7 +23,7 @@ import triton.language as tl
 # What a product reads at a time: outputs of one program, inputs of one step of its loop. Alone, a
 # sample is a sum over the inputs, without the matrix units; beside others it is a row of a tile.
 _ALONE = {"BLOCK_S": 1, "BLOCK_O": 4, "BLOCK_I": 256, "num_warps": 4}
-_BESIDE = {"BLOCK_S": 16, "BLOCK_O": 16, "BLOCK_I": 32, "num_warps": 4, "num_stages": 4}
+_BESIDE = {"BLOCK_S": 16, "BLOCK_O": 16, "BLOCK_I": 64, "num_warps": 4, "num_stages": 2}
 _ATTENTION_POSITIONS = 64
 
 # SplitMix64's constants and the doubt's tolerance: fastvq/sampling's `noise` and `draw`.

@@ -117,7 +117,7 @@ class _Disturbed(FullExecutor):
 def test_verified_codes_rest_on_no_tolerance(
     rule: dict[str, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    name, shape, n = "condition", (4, 6), 2
+    name, shape, n = "condition", (2, 4), 2
     model = build_prior(name)
     arguments = {**rule, **conditioning_of(name, n, shape), "seed": 1}
     expected = model.sample(shape, n, **arguments)
