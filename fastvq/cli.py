@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import json
 import os
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -256,6 +257,23 @@ def _info(arguments: argparse.Namespace) -> None:
     print(report())
 
 
+def _bench(arguments: argparse.Namespace) -> None:
+    checkout = Path(__file__).resolve().parents[1]
+    if not (checkout / "benchmarks" / "__main__.py").is_file():
+        raise RuntimeError(
+            "the suites must be there, and they are in the source checkout, not in an installed "
+            "wheel. Clone the repository, pip install -e '.[bench]' in it, and run this again."
+        )
+    options = []
+    for name, value in vars(arguments).items():
+        if name not in ("command", "extras", "suites") and value not in (None, False):
+            options += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+    command = [sys.executable, "-m", "benchmarks", *arguments.suites, *options]
+    status = subprocess.run(command, cwd=checkout, check=False).returncode
+    if status:
+        sys.exit(status)  # said there
+
+
 def _given(
     arguments: argparse.Namespace, config: type[Any], flags: dict[str, str]
 ) -> dict[str, Any]:
@@ -364,4 +382,5 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "reconstruct": _reconstruct,
     "evaluate": _evaluate,
     "info": _info,
+    "bench": _bench,
 }

@@ -61,6 +61,7 @@ def parser() -> argparse.ArgumentParser:
         _add_reconstruct,
         _add_evaluate,
         _add_info,
+        _add_bench,
     ):
         add(commands)
     return root
@@ -412,6 +413,53 @@ def _add_training_options(command: argparse.ArgumentParser) -> None:
         metavar="SHARE",
         help="of the data, held out (default 0.05)",
         **_absent,
+    )
+
+
+def _add_bench(commands: Any) -> None:
+    command = _command(
+        commands,
+        "bench",
+        "check and time fastvq beside its rivals; needs a source checkout",
+        "Runs the suites of benchmarks/ in the source checkout that fastvq is installed from:\n"
+        "correctness first, then fastvq and its rivals in turn on the same inputs. The same as\n"
+        "python -m benchmarks there.",
+        "fastvq bench --list\nfastvq bench nearest_code --threads 2",
+        (),
+    )
+    add_bench_options(command)
+
+
+def add_bench_options(command: argparse.ArgumentParser) -> None:
+    """The options of `fastvq bench` and `python -m benchmarks`."""
+    command.add_argument("suites", nargs="*", metavar="suite", help="names; default all")
+    command.add_argument("--list", action="store_true", help="say what each suite times")
+    command.add_argument(
+        "--case", metavar="KEY=VALUE,…", help="only the cases with these values, as N=32768,K=512"
+    )
+    command.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default cpu)")
+    command.add_argument(
+        "--threads",
+        type=int,
+        default=2,
+        metavar="N",
+        help="CPU threads of every library (default 2)",
+    )
+    command.add_argument(
+        "--cold", action="store_true", help="evict the caches before every timed run"
+    )
+    command.add_argument(
+        "--seconds",
+        type=float,
+        default=4.0,
+        help="to measure each case for, at least (default 4)",
+    )
+    command.add_argument(
+        "--quick", action="store_true", help="small cases, unrecorded: shows that all works"
+    )
+    command.add_argument("--no-record", action="store_true", help="print only")
+    command.add_argument(
+        "--resume", action="store_true", help="skip cases recorded of these sources, here"
     )
 
 

@@ -21,6 +21,7 @@ import torch
 from benchmarks.static.compile import Launch, MachineCode, compile_launch, record_launches
 from benchmarks.static.sass import Search
 
+ARCHITECTURES = (80, 90, 100)
 # Channels at which the plain search is compiled, per compute capability: each shipped entry of its
 # tiles at least once. At the second table's, the kernels before and after it as well.
 SEARCHED = {80: (16, 128, 512), 90: (8, 64, 128, 256, 512), 100: (16, 256, 512)}
@@ -143,8 +144,8 @@ def _hopper_cases() -> Iterator[Case]:
                 warp_pairs=tiling.rows // 4 * tiling.stage_codes,
             )
             model = Model(
-                # Three product terms and the norm's columns, or one term.
-                channels=width if has_norms else (width - 4) // 3,
+                # One term; or three terms and the norm's columns, then the widest power of two.
+                channels=width if has_norms else 1 << ((width - 4) // 3).bit_length() - 1,
                 rows=tiling.rows // 4,
                 group=tiling.group,
                 block_rows=hopper.CONSUMERS.value * tiling.rows,
@@ -168,7 +169,7 @@ def _sums_cases() -> Iterator[Case]:
         # The levels above the first are launches of one kernel: one stands for all.
         for launch in {_kind(launch): launch for launch in launches}.values():
             name = f"sums {' '.join(_kind(launch))} D{channels}"
-            for capability in (80, 90, 100) if "segment_sum" in name else (90,):
+            for capability in ARCHITECTURES:
                 yield Case(name, capability, launch)
 
 
@@ -199,7 +200,8 @@ def _row_cases() -> Iterator[Case]:
         for launch in launches:
             name = launch.name.removeprefix("_").removesuffix("_kernel")
             name += " rotation" if launch.keywords.get("ROTATION") else ""
-            yield Case(f"rows {name} D{channels}", 90, launch)
+            for capability in ARCHITECTURES:
+                yield Case(f"rows {name} D{channels}", capability, launch)
 
 
 def _sampling_cases() -> Iterator[Case]:
