@@ -149,6 +149,26 @@ def _train_prior(arguments: argparse.Namespace) -> None:
     _say_where(path, "fastvq sample draws new pictures from it")
 
 
+def _train_classifier(arguments: argparse.Namespace) -> None:
+    from fastvq.train.classifier import train_classifier
+    from fastvq.train.showing import device_of
+
+    trained = train_classifier(
+        arguments.data,
+        arguments.out,
+        split=arguments.split,
+        image_size=arguments.image_size,
+        steps=arguments.steps,
+        batch_size=arguments.batch_size,
+        seed=arguments.seed,
+        device=device_of(arguments.device),
+    )
+    print(
+        f"classifier: {trained.path} (reads {trained.accuracy:.2%} of {trained.held_out} held-out "
+        "pictures right); fastvq sample --keep-best judges by it."
+    )
+
+
 def _sample(arguments: argparse.Namespace) -> None:
     from fastvq.train.showing import (
         check_array_path,
@@ -170,6 +190,8 @@ def _sample(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
         complete=arguments.complete,
         keep=arguments.keep,
+        keep_best=arguments.keep_best,
+        classifier=arguments.classifier,
         batch_size=arguments.batch_size,
         device=arguments.device,
         progress=True,
@@ -355,6 +377,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "train": _train,
     "encode": _encode,
     "train-prior": _train_prior,
+    "train-classifier": _train_classifier,
     "sample": _sample,
     "reconstruct": _reconstruct,
     "evaluate": _evaluate,

@@ -13,6 +13,7 @@ import functools
 import multiprocessing
 import os
 from collections.abc import Iterable, Iterator
+from typing import Any
 from unittest import mock
 
 import torch
@@ -75,7 +76,13 @@ class Examined:
 
 @functools.cache
 def cases() -> tuple[Case, ...]:
-    return (*_nearest_code_cases(), *_hopper_cases(), *_sums_cases(), *_row_cases())
+    return (
+        *_nearest_code_cases(),
+        *_hopper_cases(),
+        *_sums_cases(),
+        *_row_cases(),
+        *_sampling_cases(),
+    )
 
 
 def _nearest_code_cases() -> Iterator[Case]:
@@ -195,6 +202,82 @@ def _row_cases() -> Iterator[Case]:
             name += " rotation" if launch.keywords.get("ROTATION") else ""
             for capability in ARCHITECTURES:
                 yield Case(f"rows {name} D{channels}", capability, launch)
+
+
+def _sampling_cases() -> Iterator[Case]:
+    """The kernels of one code of a prior, for one sample and for many, and every rule of a draw."""
+    from fastvq.sampling.draw import Filter
+    from fastvq.sampling.gpu_rows import MOST_CODES
+
+    rules = {
+        "draw": Filter(),
+        "draw greedy": Filter(0.0),
+        "draw top-k": Filter(1.0, 100),
+        "draw top-p": Filter(1.0, None, 0.9),
+        "draw both": Filter(1.0, 100, 0.9),
+    }
+    for samples, dtype in ((1, torch.float32), (64, torch.float32), (64, torch.bfloat16)):
+        for launch in _sampling_launches(samples, dtype, Filter()):
+            kind = _sampling_kind(launch)
+            # The draw and the attention are the same kernels whatever the samples and weights.
+            if kind.startswith("product") or (samples, dtype) == (64, torch.float32):
+                name = f"sampling {kind}"
+                if kind.startswith("product"):
+                    name += f" n{samples} {str(dtype).removeprefix('torch.')}"
+                for capability in (80, 90, 100):
+                    yield Case(name, capability, on_device(launch))
+    for name, rule in rules.items():
+        for num_codes in (512, MOST_CODES):
+            launch = _sampling_launches(2, torch.float32, rule, num_codes)[-1]
+            for capability in (80, 90, 100) if num_codes == 512 else (90,):
+                yield Case(f"sampling {name} K{num_codes}", capability, launch)
+
+
+def _sampling_launches(
+    samples: int, dtype: torch.dtype, rule: tuple[Any, ...], num_codes: int = 512
+) -> list[Launch]:
+    """One launch of each kind for one code of a prior of two gated layers and attention."""
+    from fastvq.models.pixelcnn import PixelCNN
+    from fastvq.sampling import Conditioning, make_request
+    from fastvq.sampling.gpu_rows import GpuMapExecutor, one_by_one
+
+    prior = PixelCNN(num_codes, 256, 1, 5, attention_every=1)
+    temperature, top_k, top_p = rule
+    request = make_request(
+        (1, 1),
+        samples,
+        num_codes=num_codes,
+        device=torch.device("cpu"),
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        given=None,
+        seed=0,
+        first_sample=0,
+        level=0,
+        progress=False,
+        verify=False,
+    )
+    with torch.no_grad():
+        executor = GpuMapExecutor(
+            prior._plan(),
+            Conditioning(None, None),
+            request,
+            weights_dtype=dtype,
+            launcher=one_by_one,
+        )
+        with record_launches() as launches:
+            executor.draw(torch.full((samples, 1, 1), -1))
+    return list({_sampling_kind(launch): launch for launch in launches}.values())
+
+
+def _sampling_kind(launch: Launch) -> str:
+    name = launch.name.removeprefix("_").removesuffix("_kernel")
+    if name != "row_product":
+        return name
+    found = launch.keywords
+    kinds = {"GATED": "gated", "HAS_RESIDUAL": "residual", "HEAD": "query", "RECTIFIED": "head"}
+    return "product " + next((kind for key, kind in kinds.items() if found[key]), "plain")
 
 
 @dataclasses.dataclass(frozen=True)
