@@ -13,7 +13,7 @@ import triton
 
 from benchmarks.static import hazards, regression, sass
 from benchmarks.static.predict import H200_SIZES, predict
-from benchmarks.static.shipped import Examined, Outcome, examine
+from benchmarks.static.shipped import Examined, Outcome, cases, examine
 
 # Exit status when a kernel did not compile, and when one is worse than its committed figures.
 SOME_FAILED = 3
@@ -147,9 +147,12 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
     parser.add_argument("--check", action="store_true", help="compare with baseline.json")
     parser.add_argument("--update", action="store_true", help="write this Triton's baseline.json")
+    parser.add_argument("--add", action="store_true", help="compile and commit new kernels alone")
     parser.add_argument("--workers", type=int, default=2, help="compilations at once")
     arguments = parser.parse_args()
-    reports = [summarise_all(examine(workers=arguments.workers))]
+    committed = regression.load().get(triton.__version__, []) if arguments.add else []
+    keys = new_keys(committed) if arguments.add else None
+    reports = [summarise_all(examine(keys, workers=arguments.workers))]
     if arguments.json:
         print(json.dumps(reports[0]))
     elif arguments.triton:
@@ -162,12 +165,18 @@ def main() -> None:
     if failed:
         print("\n".join(["did not compile:", *failed]), file=sys.stderr)
         sys.exit(SOME_FAILED)
-    if arguments.update:
-        regression.save(triton.__version__, reports[0]["rows"])
+    if arguments.update or arguments.add:
+        regression.save(triton.__version__, [*committed, *reports[0]["rows"]])
     if arguments.check:
         worse = compare(reports[0])
         print("\n".join(["worse than committed:", *worse] if worse else ["as committed"]))
         sys.exit(SOME_WORSE if worse else 0)
+
+
+def new_keys(committed: list[dict[str, Any]]) -> list[tuple[str, int]]:
+    """The shipped cases without a committed row."""
+    known = {(row["kernel"], row["sm"]) for row in committed}
+    return [case.key for case in cases() if case.key not in known]
 
 
 def compare(report: dict[str, Any]) -> list[str]:
