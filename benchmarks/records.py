@@ -101,11 +101,11 @@ def key(record: dict[str, Any]) -> str:
 
 
 def latest(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of records of suites with times on the machine of the newest of them, the last of each kind.
+    """Of suites' records on the CPU of the machine of the newest of them, the last of each kind.
 
     A red record takes the times that came before it away.
     """
-    timed = [record for record in found if "case" in record]
+    timed = [one for one in found if "case" in one and one.get("device", "cpu") == "cpu"]
     if not timed:
         return []
     cpu = max(timed, key=lambda record: record["time"])["machine"]["cpu"]

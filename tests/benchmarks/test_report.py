@@ -80,6 +80,7 @@ def test_the_last_record_of_a_case_counts_and_a_red_one_removes_it() -> None:
     assert records.latest([old, {**new, "red": "wrong", "timings": {}}]) == []
     other = record(machine={"cpu": "Another"}, time="2025-01-01T00:00:00+00:00")
     assert records.latest([other, new]) == [new]
+    assert records.latest([new, record(device="cuda", time="2027-01-01T00:00:00+00:00")]) == [new]
     # A dirty tree is said.
     assert "abc (dirty)" in tables.cpu_table([record(commit="abc", dirty=True)])
 
