@@ -79,8 +79,8 @@ def prepare(case: dict[str, Any], context: Context) -> Prepared:
     proven = prior.sample(shape, min(batch, _PROVEN), seed=0, verify=True, **few)
     if not torch.equal(codes[:_PROVEN], proven):
         raise WrongResult("fastvq's codes are not the canonical ones: no time is reported")
-    prepared.candidates["fastvq, cached"] = cached
-    prepared.notes["fastvq, cached"] = f"every code of {len(proven)} maps proven"
+    prepared.candidates['fastvq, method="cached"'] = cached
+    prepared.notes['fastvq, method="cached"'] = f"every code of {len(proven)} maps proven"
     full = FullExecutor(
         eval_copy(prior, torch.float32), Conditioning(None, _float(told.get("condition")))
     )
@@ -93,10 +93,10 @@ def prepare(case: dict[str, Any], context: Context) -> Prepared:
         assert logits is not None
         return logits.argmax(dim=1)
 
-    prepared.candidates["fastvq, full"] = _Extrapolated(
+    prepared.candidates['fastvq, method="full"'] = _Extrapolated(
         some_steps, side * side / _FULL_STEPS, context.device
     )
-    prepared.notes["fastvq, full"] = f"{_FULL_STEPS} of {side * side} steps, multiplied"
+    prepared.notes['fastvq, method="full"'] = f"{_FULL_STEPS} of {side * side} steps, multiplied"
 
     def eager() -> Callable[[], object]:
         rival = EagerCached(eval_copy(prior, torch.float32), _float(told.get("condition")))
@@ -105,7 +105,7 @@ def prepare(case: dict[str, Any], context: Context) -> Prepared:
         differing = int((drawn != codes[:, :rows]).sum())
         if differing > drawn.numel() // 20:
             raise RuntimeError(f"{differing} of {drawn.numel()} codes differ")
-        prepared.notes["cached, eager PyTorch"] = f"{rows} of {side} rows, multiplied; " + (
+        prepared.notes["eager PyTorch, cached"] = f"{rows} of {side} rows, multiplied; " + (
             f"{differing} codes differ" if differing else "same codes"
         )
         return _Extrapolated(
@@ -114,7 +114,7 @@ def prepare(case: dict[str, Any], context: Context) -> Prepared:
             context.device,
         )
 
-    prepared.rival("cached, eager PyTorch", eager)
+    prepared.rival("eager PyTorch, cached", eager)
     return prepared
 
 

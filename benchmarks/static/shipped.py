@@ -205,37 +205,37 @@ def _row_cases() -> Iterator[Case]:
 
 
 def _sampling_cases() -> Iterator[Case]:
-    """The kernels of one code of a prior, for one sample and for many, and every rule of a draw."""
+    """The kernels of one code of a prior: one sample and many, both kinds of weights, the rules."""
     from fastvq.sampling.draw import Filter
     from fastvq.sampling.gpu_rows import MOST_CODES
 
-    rules = {
-        "draw": Filter(),
-        "draw greedy": Filter(0.0),
-        "draw top-k": Filter(1.0, 100),
-        "draw top-p": Filter(1.0, None, 0.9),
-        "draw both": Filter(1.0, 100, 0.9),
-    }
     for samples, dtype in ((1, torch.float32), (64, torch.float32), (64, torch.bfloat16)):
-        for launch in _sampling_launches(samples, dtype, Filter()):
-            kind = _sampling_kind(launch)
-            # The draw and the attention are the same kernels whatever the samples and weights.
-            if kind.startswith("product") or (samples, dtype) == (64, torch.float32):
-                name = f"sampling {kind}"
-                if kind.startswith("product"):
-                    name += f" n{samples} {str(dtype).removeprefix('torch.')}"
-                for capability in (80, 90, 100):
-                    yield Case(name, capability, on_device(launch))
+        for kind, launch in _sampling_launches(samples, dtype, Filter()).items():
+            # Without a residual, a product is the one with it less a load.
+            if not kind.startswith("product") or kind == "product plain":
+                continue
+            name = f"sampling {kind} n{samples} {str(dtype).removeprefix('torch.')}"
+            for capability in (80, 90, 100) if kind in _SAMPLING_EVERYWHERE else (90,):
+                yield Case(name, capability, on_device(launch))
+    both = Filter(1.0, 100, 0.9)
+    rules = {"draw": Filter(), "draw greedy": Filter(0.0), "draw top-k and top-p": both}
     for name, rule in rules.items():
-        for num_codes in (512, MOST_CODES):
-            launch = _sampling_launches(2, torch.float32, rule, num_codes)[-1]
-            for capability in (80, 90, 100) if num_codes == 512 else (90,):
-                yield Case(f"sampling {name} K{num_codes}", capability, launch)
+        launches = _sampling_launches(2, torch.float32, rule)
+        for capability in (80, 90, 100) if rule is both else (90,):
+            yield Case(f"sampling {name} K512", capability, launches["draw_code"])
+            if rule is both:
+                yield Case("sampling attention", capability, launches["attend"])
+    widest = _sampling_launches(2, torch.float32, both, MOST_CODES)["draw_code"]
+    yield Case(f"sampling draw top-k and top-p K{MOST_CODES}", 90, widest)
+
+
+# The widest product, of two accumulators, and the one that writes to two places.
+_SAMPLING_EVERYWHERE = ("product gated", "product query")
 
 
 def _sampling_launches(
     samples: int, dtype: torch.dtype, rule: tuple[Any, ...], num_codes: int = 512
-) -> list[Launch]:
+) -> dict[str, Launch]:
     """One launch of each kind for one code of a prior of two gated layers and attention."""
     from fastvq.models.pixelcnn import PixelCNN
     from fastvq.sampling import Conditioning, make_request
@@ -268,7 +268,7 @@ def _sampling_launches(
         )
         with record_launches() as launches:
             executor.draw(torch.full((samples, 1, 1), -1))
-    return list({_sampling_kind(launch): launch for launch in launches}.values())
+    return {_sampling_kind(launch): launch for launch in launches}
 
 
 def _sampling_kind(launch: Launch) -> str:

@@ -84,7 +84,7 @@ class Settler:
         """
         settled = []
         for sample in doubtful.nonzero()[:, 0].split(1):
-            canonical = self.canonical_logits(codes[sample], sample)[:, :, row, column]
+            canonical = self._logits_at(codes[sample], sample, row, column)
             if not canonical.isfinite().all():
                 raise not_finite(row, column)
             error = (logits[sample] - canonical).abs().amax(dim=1, keepdim=True)
@@ -108,14 +108,33 @@ class Settler:
         picked._double = self._double
         return picked
 
-    def canonical_logits(self, codes: Tensor, sample: Tensor) -> Tensor:
-        """Canonical logits (1, K, H, W) of one sample; `sample` (1,) is its index."""
+    def _logits_at(self, codes: Tensor, sample: Tensor, row: int, column: int) -> Tensor:
+        """Canonical logits (1, K) of one sample at (row, column), from what they can depend on."""
+        rows, columns = getattr(self._model, "receptive_field", (None, None))
+        if rows is None or columns is None:
+            return self.canonical_logits(codes, sample)[:, :, row, column]
+        seen = (
+            slice(max(0, row - rows), row + 1),
+            slice(max(0, column - columns), column + columns + 1),
+        )
+        logits = self.canonical_logits(codes[:, seen[0], seen[1]], sample, seen)
+        return logits[:, :, -1, column - seen[1].start]
+
+    def canonical_logits(
+        self, codes: Tensor, sample: Tensor, part: tuple[slice, slice] | None = None
+    ) -> Tensor:
+        """Canonical logits (1, K, H, W) of one sample; `sample` (1,) is its index.
+
+        With `part`, the codes are those of some rows and columns only, and the logits are the
+        canonical ones where these hold all that they depend on.
+        """
         if self._double is None:
             self._double = eval_copy(self._model, torch.float64)
-        conditioning = self._conditioning.pick(sample).to(torch.float64)
-        logits: Tensor = self._double(
-            codes.clamp(min=0), conditioning.class_labels, conditioning.condition
-        )
+        told = self._conditioning.pick(sample).to(torch.float64)
+        condition = told.condition
+        if part is not None and condition is not None:
+            condition = condition[:, :, part[0], part[1]]
+        logits: Tensor = self._double(codes.clamp(min=0), told.class_labels, condition)
         return logits
 
 
