@@ -2,7 +2,8 @@
 // FASTVQ_VECTOR_BYTES. Everything has internal linkage, as in lanes.h. No canonical rounding: where
 // the compiler may fuse multiply and add, it does.
 //
-// Errors, measured over every float32: see tests/kernels/test_cpu_gated_activation.py.
+// tanh·σ and its two derivatives are within 8 · 2⁻²⁴ of their size (5.5 at most was found; the
+// bound is tested in tests/kernels/test_cpu_gated_activation.py) down to 1e-35. NaN gives NaN.
 #pragma once
 
 #include <stdint.h>

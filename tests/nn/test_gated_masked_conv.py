@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from fastvq.nn.gated_masked_conv import GatedMaskedConv2d
 
@@ -105,3 +106,48 @@ def test_refusals() -> None:
         told(x, x, None, condition)
     with pytest.raises(ValueError, match="condition must be given exactly when"):
         told(x, x, labels)
+
+
+def _gradients(layer: GatedMaskedConv2d, run: object, x: Tensor) -> list[Tensor]:
+    torch.manual_seed(5)
+    vertical, horizontal = run(x, x.flip(0))
+    loss = (vertical * horizontal).sum()
+    return [vertical, horizontal, *torch.autograd.grad(loss, [x, *layer.parameters()])]
+
+
+def test_dropout_survives_checkpointing_and_compiling() -> None:
+    layer = GatedMaskedConv2d(6, 3, dropout=0.4)
+    x = torch.randn(2, 6, 4, 5, requires_grad=True)
+    plain = _gradients(layer, layer, x)
+
+    def again(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+        return checkpoint(layer, *inputs, use_reentrant=False)
+
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for run in (again, compiled):
+        for found, expected in zip(_gradients(layer, run, x), plain):
+            assert torch.equal(found, expected)
+
+
+def test_stack_of_twelve_sees_the_past_and_only_it() -> None:
+    layers = [GatedMaskedConv2d(4, 3, "A" if i == 0 else "B").double() for i in range(12)]
+    embedded = torch.randn(1, 4, 9, 8, dtype=torch.float64, requires_grad=True)
+    vertical = horizontal = embedded
+    for layer in layers:
+        vertical, horizontal = layer(vertical, horizontal)
+    row, column = 5, 3
+    (grad,) = torch.autograd.grad(horizontal[0, :, row, column].sum(), embedded)
+    seen = (grad[0] != 0).any(dim=0).flatten()
+    before = torch.arange(72) < row * 8 + column
+    assert torch.equal(seen, before)
+
+
+def test_trains_under_autocast_with_float32_features() -> None:
+    layer = GatedMaskedConv2d(4, 3, num_classes=3)
+    x = torch.randn(2, 4, 5, 5, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        vertical, horizontal = layer(x, x, torch.tensor([0, 2]))
+    assert (vertical.dtype, horizontal.dtype) == (torch.bfloat16, torch.float32)
+    (vertical.float() * horizontal).sum().backward()
+    assert x.grad.isfinite().all()
+    assert all(parameter.grad.any() for parameter in layer.parameters())

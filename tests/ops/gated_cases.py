@@ -11,9 +11,9 @@ from torch import Tensor
 
 from fastvq.ops import GatedWeights
 
-# Of tanh, σ, their slopes and the products of them: units of roundoff, absolute, as all are
-# at most 1. Each function is within 4 (tests/kernels/test_cpu_gated_activation.py).
-_GATE_ROUNDINGS = 16
+# Of the gate and its slopes: units of roundoff, absolute, as all are at most 1. The kernel keeps 8
+# (tests/kernels/test_cpu_gated_activation.py); dropout's scale and the product with a gradient add.
+_GATE_ROUNDINGS = 12
 
 
 @dataclass
@@ -140,7 +140,8 @@ def error_bounds(
     own = conv_h(size["horizontal"], size["horizontal_weight"]) + bias("horizontal_bias")
     size_h = own + point(size_v, size["link_weight"]) + bias("link_bias")
     error_h = kappa(taps + 2 * c) * size_h + point(error_v, size["link_weight"])
-    # What the features of a gate are off by, both halves.
+    # What the features of a gate are off by, both halves; they are added up in float32, and
+    # what is added is at most its error bound over u_out.
     off_v, off_h = (
         sum((error + added + 3 * u * (whole + added / u_out)).chunk(2, dim=1))
         for error, added, whole in ((error_v, more_v, size_v), (error_h, more_h, size_h))
