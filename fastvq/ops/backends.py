@@ -29,6 +29,7 @@ _KERNELS: dict[str, frozenset[str]] = {
             "masked_conv2d",
             "causal_conv1d",
             "gated_masked_conv",
+            "sample_row",
         }
     ),
     "cpp": frozenset(

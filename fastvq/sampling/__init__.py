@@ -7,6 +7,7 @@ seed (`draw` says why). The priors themselves, which call this, live in `fastvq.
 
 from fastvq.sampling.loop import eval_copy, generate, working_dtype
 from fastvq.sampling.plan import PriorPlan, plan_prior
+from fastvq.sampling.rejection import draws_for, keep_best
 from fastvq.sampling.request import (
     METHODS,
     Conditioning,
@@ -23,8 +24,10 @@ __all__ = [
     "Request",
     "check_method",
     "check_seed",
+    "draws_for",
     "eval_copy",
     "generate",
+    "keep_best",
     "make_request",
     "plan_prior",
     "working_dtype",

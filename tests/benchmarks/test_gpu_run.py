@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import records
 from benchmarks.gpu import __main__ as command
-from benchmarks.gpu import parts, runner
+from benchmarks.gpu import parts, runner, small
+from benchmarks.suites import SUITES, load
 
 WRITES_A_RESULT = """
 import json, os, pathlib
@@ -89,10 +91,10 @@ def test_the_digest_follows_the_sources(tmp_path: Path) -> None:
     source = tmp_path / "kernels" / "a.py"
     source.parent.mkdir()
     source.write_text("one")
-    before = runner.sources_digest(tmp_path)
-    assert runner.sources_digest(tmp_path) == before
+    before = records.sources_digest(tmp_path)
+    assert records.sources_digest(tmp_path) == before
     source.write_text("two")
-    assert runner.sources_digest(tmp_path) != before
+    assert records.sources_digest(tmp_path) != before
 
 
 def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
@@ -111,3 +113,29 @@ def test_parts_have_their_own_names_and_limits() -> None:
         part.name for part in known
     }
     assert all(0 < part.limit <= 150 for part in known)
+
+
+def test_the_small_cases_run_without_a_gpu_too(capsys: pytest.CaptureFixture) -> None:
+    small.main("cpu")
+    assert capsys.readouterr().out == "every kernel ran\n"
+
+
+def test_every_suite_with_gpu_cases_is_a_part() -> None:
+    names = {part.name for part in parts.all_parts()}
+    by_size = {"nearest_code": "search-S5", "vector_quantize": "step-S5"}
+    by_size["code_statistics"] = "sums-S5"
+    for suite in SUITES:
+        if load(suite).CASES["cuda"]:
+            assert by_size.get(suite, f"suite-{suite}") in names
+    assert "tuning" in names
+
+
+def test_tuning_changes_one_field_at_a_time() -> None:
+    tuning = pytest.importorskip("benchmarks.gpu.tuning", reason="needs triton")
+    shipped = tuning.choose_tiles(64, (9, 0))
+    first, *others = tuning.neighbours(shipped)
+    assert first == shipped
+    assert len({*others}) == len(others) >= 6
+    for tiles in others:
+        assert "," not in tuning._difference(tiles, shipped)
+        assert tuning._difference(tiles, shipped) != "shipped"
