@@ -8,28 +8,36 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from fastvq.nn.dimensions import CONVOLUTIONS, check_dimensions
+
 
 class ResidualBlock(nn.Module):
-    """x + conv1×1(relu(conv3×3(relu(x)))), on (B, channels, H, W).
+    """x + conv1(relu(conv3(relu(x)))), on (B, channels, H, W) or (B, channels, T).
 
-    The two convolutions are `net.1` and `net.3`. van den Oord et al. 2017, arXiv:1711.00937, §4.1.
+    conv3 is a 3×3 convolution (of 3 steps), conv1 a 1×1; they are `net.1` and `net.3`. van den
+    Oord et al. 2017, arXiv:1711.00937, §4.1.
 
     Args:
         channels: channels of the input and the output.
         residual_channels: channels between the two convolutions.
+        dimensions: 2 for pictures, 1 for sequences.
+    Raises:
+        ValueError: another number of dimensions.
     """
 
-    def __init__(self, channels: int, residual_channels: int) -> None:
+    def __init__(self, channels: int, residual_channels: int, dimensions: int = 2) -> None:
         super().__init__()
+        check_dimensions("ResidualBlock", dimensions)
+        conv = CONVOLUTIONS[dimensions]
         self.net = nn.Sequential(
             nn.ReLU(),
-            nn.Conv2d(channels, residual_channels, 3, padding=1),
+            conv(channels, residual_channels, 3, padding=1),
             nn.ReLU(),
-            nn.Conv2d(residual_channels, channels, 1),
+            conv(residual_channels, channels, 1),
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, channels, H, W) → the same shape."""
+        """(B, channels, H, W) or (B, channels, T) → the same shape."""
         residual: Tensor = self.net(x)
         return x + residual
 
@@ -44,10 +52,13 @@ class ResidualStack(nn.Sequential):
         channels: channels of the input and the output.
         residual_channels: channels inside each block.
         num_blocks: how many blocks.
+        dimensions: as `ResidualBlock`.
     """
 
-    def __init__(self, channels: int, residual_channels: int, num_blocks: int) -> None:
+    def __init__(
+        self, channels: int, residual_channels: int, num_blocks: int, dimensions: int = 2
+    ) -> None:
         blocks: list[nn.Module] = [
-            ResidualBlock(channels, residual_channels) for _ in range(num_blocks)
+            ResidualBlock(channels, residual_channels, dimensions) for _ in range(num_blocks)
         ]
         super().__init__(*blocks, nn.ReLU())
