@@ -15,8 +15,10 @@ from typing import Any, NoReturn
 from fastvq.version import __version__
 
 _DATA = """\
-DATA is a folder of pictures (flat, or one sub-folder per class), a zip of one, MNIST-style IDX
-files (gzipped or not), or an .npy or .npz array (N, H, W), (N, H, W, C) or (N, C, H, W)."""
+DATA is a folder of pictures or of WAV files (flat, or one sub-folder per class), a zip of one,
+MNIST-style IDX files (gzipped or not), or an .npy or .npz array (N, H, W), (N, H, W, C) or
+(N, C, H, W) of pictures. WAV files may have any rate, 8, 16, 24 or 32 bits or floats; channels are
+averaged."""
 MODEL_FLAGS = {
     "levels": "levels of codes, top to bottom; only vqvae2 (default 2)",
     "num_codes": "codes in each level's codebook (default 512)",
@@ -138,8 +140,31 @@ def _add_train(commands: Any) -> None:
     own.add_argument(
         "--flip", action="store_true", help="mirror pictures left to right at random", **_absent
     )
+    _add_name_options(own, **_absent)
     own.add_argument(
-        "--strict", action="store_true", help="refuse a broken picture, not skip it", **_absent
+        "--sample-rate",
+        type=int,
+        metavar="HZ",
+        help="sounds: resample to this rate (default: that of the first file)",
+        **_absent,
+    )
+    own.add_argument(
+        "--clip-seconds",
+        type=float,
+        metavar="S",
+        help="sounds: length of the clips; longer sounds are cut, shorter ones set among zeros, at "
+        "a place drawn anew in training (default 1)",
+        **_absent,
+    )
+    own.add_argument(
+        "--peak",
+        type=float,
+        metavar="LEVEL",
+        help="sounds: scale each to this peak, such as 0.9 (default: leave its loudness)",
+        **_absent,
+    )
+    own.add_argument(
+        "--strict", action="store_true", help="refuse a broken file, not skip it", **_absent
     )
     own.add_argument(
         "--workers",
@@ -397,6 +422,23 @@ def _add_model_options(command: argparse.ArgumentParser, flags: dict[str, str]) 
         metavar="NAME=VALUE",
         help="any argument of the model's constructor, as JSON; may be repeated",
         **_absent,
+    )
+
+
+def _add_name_options(command: Any, **options: Any) -> None:
+    """What file names decide."""
+    command.add_argument(
+        "--only",
+        metavar="REGEX",
+        help="take only the files in whose name this regular expression is found",
+        **options,
+    )
+    command.add_argument(
+        "--class-pattern",
+        metavar="REGEX",
+        help="read the class of a file from its name: a regular expression with one group, such "
+        "as '^([^_]+)_' (default: the folders' names)",
+        **options,
     )
 
 

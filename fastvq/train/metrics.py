@@ -45,6 +45,13 @@ def peak_signal_to_noise(mean_squared_error: Tensor) -> Tensor:
     return -10.0 * torch.log10(mean_squared_error.clamp(min=1e-10))
 
 
+def signal_to_noise(original: Tensor, reconstruction: Tensor) -> Tensor:
+    """SNR of each example in dB, (B,): 10 log10(Σ x² / Σ (x − y)²), both sums at least 1e-10."""
+    signal = original.square().flatten(start_dim=1).sum(dim=1).clamp(min=1e-10)
+    noise = (original - reconstruction).square().flatten(start_dim=1).sum(dim=1).clamp(min=1e-10)
+    return 10.0 * (signal.log10() - noise.log10())
+
+
 class PictureLikelihood:
     """p(picture | codes) of 8-bit pictures: a discretised Laplace around the decoder's output.
 
