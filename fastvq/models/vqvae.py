@@ -7,6 +7,7 @@ on sequences. The encoders and decoders are `nn/strided_coder.py`, the codebook 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple, cast
 
@@ -17,7 +18,12 @@ from torch import Tensor, nn
 from fastvq.nn.codebook import Codebook, CodebookOutput
 from fastvq.nn.convolution import doubling, pointwise
 from fastvq.nn.spectral_loss import spectral_loss
-from fastvq.nn.strided_coder import CoderShape, strided_decoder, strided_encoder
+from fastvq.nn.strided_coder import (
+    CoderShape,
+    keep_signal_size,
+    strided_decoder,
+    strided_encoder,
+)
 
 from .pretrained import Pretrained
 
@@ -59,9 +65,10 @@ class VQVAE2(Pretrained, nn.Module):
     means over vectors and channels, summed over levels.
 
     With `dimensions=1` the same network is one of sequences: every convolution has one dimension,
-    x is a sound (B, C, T) in −1…1 and is coded as it is, without 2x − 1, and T need not be a
-    multiple of anything: x is continued with zeros up to the next multiple of the coarsest code,
-    and what the decoder gives for them is cut off.
+    and x is a sound (B, C, T) in −1…1, which the network sees, and gives, in units of its standard
+    deviation √data_variance instead of 2x − 1. T need not be a multiple of anything: x is
+    continued with zeros up to the next multiple of the coarsest code, and what the decoder gives
+    for them is cut off.
 
     Args:
         in_channels: C of the pictures or sounds.
@@ -198,6 +205,8 @@ class VQVAE2(Pretrained, nn.Module):
         self.decoder = strided_decoder(
             code_dim * levels, in_channels, downsample, shape, causal=causal
         )
+        if dimensions == 1:
+            keep_signal_size(self)
 
     def forward(self, x: Tensor) -> VQVAEOutput:
         """Encode, quantize and decode pictures (B, C, H, W), float 0…1, or sounds (B, C, T).
@@ -291,7 +300,9 @@ class VQVAE2(Pretrained, nn.Module):
     def _decode(self, maps: Sequence[Tensor]) -> Tensor:
         """Pictures or sounds of the levels' maps, all at the bottom resolution."""
         decoded: Tensor = self.decoder(torch.cat(list(maps), dim=1))
-        return (decoded + 1.0) / 2.0 if self.dimensions == 2 else decoded
+        if self.dimensions == 1:
+            return decoded * math.sqrt(self.data_variance)
+        return (decoded + 1.0) / 2.0
 
     def _quantize(
         self, x: Tensor, freeze: bool = False
@@ -301,7 +312,8 @@ class VQVAE2(Pretrained, nn.Module):
         if self.dimensions == 2:
             h = 2.0 * x - 1.0
         else:
-            h = F.pad(x, (0, -x.shape[-1] % (self.downsample << (self.levels - 1))))
+            h = x / math.sqrt(self.data_variance)
+            h = F.pad(h, (0, -x.shape[-1] % (self.downsample << (self.levels - 1))))
         for encoder in self.encoders:
             h = encoder(h)
             features.append(h)

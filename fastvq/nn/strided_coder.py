@@ -7,13 +7,16 @@ encoder and a decoder is the models' affair.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import nn
 
 from fastvq.nn.convolution import doubling, halving, same_conv
-from fastvq.nn.residual import ResidualStack
+from fastvq.nn.masked_conv import CausalConv1d
+from fastvq.nn.residual import ResidualBlock, ResidualStack
 
 
 class CoderShape(NamedTuple):
@@ -74,3 +77,27 @@ def _stack(channels: int, num_blocks: int, shape: CoderShape, causal: bool) -> R
         dimensions=shape.dimensions,
         causal=causal,
     )
+
+
+@torch.no_grad()
+def keep_signal_size(network: nn.Module) -> None:
+    """Draw the convolutions' weights so that a signal keeps its size through many strides.
+
+    Normal, of variance 2 / (number of inputs that one output sees), biases 0 (He et al. 2015,
+    arXiv:1502.01852, eq. 10); residual blocks start as the identity. PyTorch's own start shrinks
+    the signal at every stride, and six of them (`downsample=64`) leave no difference between the
+    vectors that are quantized: one code then takes them all.
+    """
+    for module in network.modules():
+        if isinstance(module, (nn.Conv1d, nn.ConvTranspose1d)):
+            taps = module.kernel_size[0]
+            if isinstance(module, CausalConv1d):
+                taps = (taps + 1) // 2
+            elif isinstance(module, nn.ConvTranspose1d):
+                taps //= module.stride[0]
+            nn.init.normal_(module.weight, std=math.sqrt(2.0 / (module.in_channels * taps)))
+            assert module.bias is not None
+            nn.init.zeros_(module.bias)
+    for module in network.modules():
+        if isinstance(module, ResidualBlock):
+            nn.init.zeros_(module.net[3].weight)  # type: ignore[arg-type, union-attr]
