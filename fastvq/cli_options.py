@@ -61,6 +61,7 @@ def parser() -> argparse.ArgumentParser:
         _add_sample,
         _add_reconstruct,
         _add_evaluate,
+        _add_classify,
         _add_info,
     ):
         add(commands)
@@ -125,7 +126,7 @@ def _add_train(commands: Any) -> None:
     )
     own = command.add_argument_group("model and data")
     own.add_argument("--model", choices=("vae", "vqvae", "vqvae2"), help="what to train", **_absent)
-    own.add_argument("--data", metavar="DATA", help="pictures, see above", **_absent)
+    own.add_argument("--data", metavar="DATA", help="see above", **_absent)
     own.add_argument("--split", choices=("train", "val", "test"), help=_SPLIT_HELP, **_absent)
     own.add_argument(
         "--image-size",
@@ -140,7 +141,8 @@ def _add_train(commands: Any) -> None:
     own.add_argument(
         "--flip", action="store_true", help="mirror pictures left to right at random", **_absent
     )
-    _add_name_options(own, **_absent)
+    own.add_argument("--only", metavar="REGEX", help=_ONLY_HELP, **_absent)
+    own.add_argument("--class-pattern", metavar="REGEX", help=_CLASS_PATTERN_HELP, **_absent)
     own.add_argument(
         "--sample-rate",
         type=int,
@@ -196,6 +198,15 @@ def _add_encode(commands: Any) -> None:
     )
     command.add_argument("--run", required=True, metavar="DIR", help="of a vqvae or vqvae2")
     _add_data_options(command)
+    command.add_argument(
+        "--class-pattern", metavar="REGEX", help="as fastvq train's (default: that of the run)"
+    )
+    command.add_argument(
+        "--clip-seconds",
+        type=float,
+        metavar="S",
+        help="sounds: how much of each is encoded, from its start (default: as in the run)",
+    )
     command.add_argument(
         "--out", metavar="DIR", help="folder to write (default RUN/codes-SPLIT or codes-NAME)"
     )
@@ -319,6 +330,9 @@ def _add_reconstruct(commands: Any) -> None:
     command.add_argument(
         "--out", metavar="PATH.png", help="default RUN/pictures/reconstructions-NAME.png"
     )
+    command.add_argument(
+        "--strict", action="store_true", help="sounds: refuse a broken file, not leave it out"
+    )
     _add_device_options(command, batch_size=16)
     command.add_argument("--workers", type=int, metavar="N", help="processes that decode pictures")
 
@@ -344,6 +358,36 @@ def _add_evaluate(commands: Any) -> None:
     _add_device_options(command, batch_size=64)
 
 
+def _add_classify(commands: Any) -> None:
+    command = _command(
+        commands,
+        "classify",
+        "judge sounds by a classifier trained on real ones",
+        "Trains a small convolutional network to tell the classes of real sounds apart, and\n"
+        "prints how many it reads correctly of those held out and of other sounds, such as those\n"
+        "that fastvq reconstruct and fastvq sample wrote.",
+        "fastvq classify --data digits.zip --class-pattern '^([^_]+)_' --hold-out '_1[5-9]' \\\n"
+        "  --read samples-0",
+    )
+    command.add_argument("--data", required=True, metavar="DATA", help="real sounds with classes")
+    command.add_argument(
+        "--class-pattern", metavar="REGEX", help="as fastvq train's; holds for --read too"
+    )
+    command.add_argument(
+        "--hold-out",
+        metavar="REGEX",
+        help="files of DATA in whose name it is found are read, not trained on",
+    )
+    command.add_argument(
+        "--read", action="append", default=[], metavar="DATA", help="more to read; may be repeated"
+    )
+    command.add_argument(
+        "--clip-seconds", type=float, default=1.0, metavar="S", help="heard of each (default 1)"
+    )
+    command.add_argument("--epochs", type=int, default=40, metavar="N", help="(default 40)")
+    command.add_argument("--seed", type=int, default=0, help="of the training (default 0)")
+
+
 def _add_info(commands: Any) -> None:
     _command(
         commands,
@@ -359,6 +403,12 @@ def _add_info(commands: Any) -> None:
 
 _absent: dict[str, Any] = {"default": argparse.SUPPRESS}
 _SPLIT_HELP = "part of the data, where it has parts (default: train where there are parts)"
+
+_ONLY_HELP = "take only the files in whose name this regular expression is found"
+_CLASS_PATTERN_HELP = (
+    "read each file's class from its name: a regular expression with one group, such as "
+    "'^([^_]+)_' (default: the folders' names)"
+)
 
 
 def _add_training_options(command: argparse.ArgumentParser) -> None:
@@ -425,26 +475,10 @@ def _add_model_options(command: argparse.ArgumentParser, flags: dict[str, str]) 
     )
 
 
-def _add_name_options(command: Any, **options: Any) -> None:
-    """What file names decide."""
-    command.add_argument(
-        "--only",
-        metavar="REGEX",
-        help="take only the files in whose name this regular expression is found",
-        **options,
-    )
-    command.add_argument(
-        "--class-pattern",
-        metavar="REGEX",
-        help="read the class of a file from its name: a regular expression with one group, such "
-        "as '^([^_]+)_' (default: the folders' names)",
-        **options,
-    )
-
-
 def _add_data_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--data", required=True, metavar="DATA", help="pictures, see above")
+    command.add_argument("--data", required=True, metavar="DATA", help="see above")
     command.add_argument("--split", choices=("train", "val", "test"), help=_SPLIT_HELP)
+    command.add_argument("--only", metavar="REGEX", help=_ONLY_HELP)
 
 
 def _add_device_options(command: argparse.ArgumentParser, batch_size: int) -> None:

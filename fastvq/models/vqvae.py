@@ -253,8 +253,8 @@ class VQVAE2(Pretrained, nn.Module):
         """Codes of pictures (B, C, H, W) or sounds (B, C, T): L × (B, h, w) or (B, t) int64.
 
         Top level first; t = ⌈T / step⌉ · 2^l on level l from the top, step =
-        downsample·2^(levels−1). Leaves the codebooks alone, in training mode too. A code is −1 where the encoder's output
-        is not finite.
+        downsample·2^(levels−1). Leaves the codebooks alone, in training mode too. A code is −1
+        where the encoder's output is not finite.
         """
         self._check_data(x)
         _, quantized = self._quantize(x, freeze=True)

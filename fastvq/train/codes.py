@@ -1,7 +1,8 @@
 """Codes of a whole data set: `extract_codes` writes them, `CodeFolder` reads them.
 
     codes/manifest.json              written last: without it the folder is not whole
-          shard-00000-level0.npy     (n, h, w) or (n, t), the smallest unsigned dtype that holds the codes
+          shard-00000-level0.npy     (n, h, w) or (n, t), the smallest unsigned dtype that holds
+                                     the codes
           shard-00000-level1.npy     …, top level first
           shard-00000-labels.npy     (n,) int64, −1 where the data has no classes
 
@@ -56,8 +57,9 @@ def extract_codes(
     """Encodes every picture or sound of a data set with a trained VQ-VAE; returns `out`.
 
     They are brought to the size and channels, or the rate, length and peak, that the run was
-    trained with; broken ones are left out and counted. Under `torchrun` or `accelerate launch` each process writes a shard of its
-    own. Everything is written into `out`.partial, which becomes `out` when it is whole.
+    trained with; broken ones are left out and counted. Under `torchrun` or `accelerate
+    launch` each process writes a shard of its own. Everything is written into `out`.partial, which
+    becomes `out` when it is whole.
 
     Args:
         run_path: a run of kind "vqvae" or "vqvae2".

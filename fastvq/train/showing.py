@@ -82,9 +82,9 @@ def draw_samples(
         ValueError: an argument breaks its rule, or the run cannot give new pictures.
     """
     run = load_run(run_path)
-    _check_count("batch_size", batch_size)
+    check_count("batch_size", batch_size)
     if count is not None:
-        _check_count("count", count)
+        check_count("count", count)
     if seed < 0:
         raise ValueError(f"sample: seed must be 0 or more; got {seed}.")
     if run.kind == "vae":
@@ -196,8 +196,8 @@ def show_reconstructions(
     Raises:
         ValueError: an argument breaks its rule, or the run is of a prior.
     """
-    _check_count("count", count)
-    _check_count("measure", measure)
+    check_count("count", count)
+    check_count("measure", measure)
     run = load_run(run_path)
     if run.kind == "prior":
         raise ValueError(
@@ -250,7 +250,8 @@ def device_of(device: str | None) -> str:
     return device
 
 
-def _check_count(name: str, value: int) -> None:
+def check_count(name: str, value: int) -> None:
+    """Refuse a number of pictures or sounds below 1."""
     if value < 1:
         raise ValueError(f"{name} must be at least 1; got {value}.")
 

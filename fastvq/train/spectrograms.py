@@ -20,7 +20,13 @@ _WINDOW_SECONDS = 0.032
 _WIDTH = 160  # frames of a spectrogram, about
 _DECIBELS = 70.0  # from white down to black
 # From soft to loud; evenly spaced, with straight lines between.
-_COLOURS = ((0.0, 0.0, 0.05), (0.35, 0.05, 0.45), (0.85, 0.25, 0.3), (1.0, 0.7, 0.2), (1.0, 1.0, 0.9))
+_COLOURS = (
+    (0.0, 0.0, 0.05),
+    (0.35, 0.05, 0.45),
+    (0.85, 0.25, 0.3),
+    (1.0, 0.7, 0.2),
+    (1.0, 1.0, 0.9),
+)
 
 
 def spectrogram_pictures(sounds: Tensor, rate: int) -> Tensor:

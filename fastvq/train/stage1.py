@@ -277,9 +277,7 @@ class Stage1Task:
                 for name, value in self._validation_sums(self._examples(batch, device)).items():
                     totals[name] = totals[name] + value if name in totals else value
         if not totals:  # a process beyond the number of pictures, or all of them broken
-            zeros = self._validation_sums(
-                torch.zeros(1, *self.validation.shape).to(device)
-            )
+            zeros = self._validation_sums(torch.zeros(1, *self.validation.shape).to(device))
             totals = {name: torch.zeros_like(value) for name, value in zeros.items()}
         summed = {
             name: cast(Tensor, accelerator.reduce(value, reduction="sum"))
@@ -334,9 +332,7 @@ class Stage1Task:
         )
         if len(batch["index"]):
             shown = self._examples(batch, device)
-            self._draw_reconstructions(
-                shown, pictures / f"reconstructions-step-{step:08d}.png"
-            )
+            self._draw_reconstructions(shown, pictures / f"reconstructions-step-{step:08d}.png")
         if isinstance(self.model, VAE):
             from fastvq.train.pictures import save_grid
 

@@ -188,9 +188,7 @@ def to_float(pictures: torch.Tensor) -> torch.Tensor:
     return pictures.float()
 
 
-def split_validation(
-    dataset: Items, fraction: float, seed: int = 0
-) -> tuple[Items, Items]:
+def split_validation(dataset: Items, fraction: float, seed: int = 0) -> tuple[Items, Items]:
     """Divides a dataset at random into (training, validation), each in the dataset's order.
 
     Args:

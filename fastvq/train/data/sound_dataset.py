@@ -84,13 +84,15 @@ class SoundDataset(ItemDataset):
         still.moving = False
         return still
 
-    def whole(self, position: int) -> Array:
+    def whole(self, position: int, broken: list[tuple[str, str]]) -> Array | None:
         """(1, T) float32, the whole sound at a position, resampled and scaled; T its own.
 
+        None, and (name, reason) added to `broken`, where it cannot be decoded.
+
         Raises:
-            BrokenItem: it cannot be decoded.
+            ValueError: it cannot be decoded, under `strict`.
         """
-        return self._decode(int(self.indices[position]))
+        return self._read(int(self.indices[position]), broken)
 
     def read_batch(
         self,
