@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fastvq.nn.codebook import Codebook, CodebookOutput
 from fastvq.nn.convolution import doubling, pointwise
+from fastvq.nn.dimensions import check_dimensions
 from fastvq.nn.spectral_loss import spectral_loss
 from fastvq.nn.strided_coder import (
     CoderShape,
@@ -486,10 +487,7 @@ def _check_sequence_options(
     name: str, dimensions: int, dilations: Sequence[int], causal: bool, spectral_weight: float
 ) -> None:
     """Refuse values out of range, and what only sounds have where the model is of pictures."""
-    if dimensions not in (1, 2):
-        raise ValueError(
-            f"{name}: dimensions must be 2 (pictures) or 1 (sounds); got {dimensions}."
-        )
+    check_dimensions(name, dimensions)
     if not dilations or any(dilation < 1 for dilation in dilations):
         raise ValueError(f"{name}: dilations must be at least one of 1, 2, …; got {dilations!r}.")
     if spectral_weight < 0.0:

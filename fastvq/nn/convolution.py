@@ -9,9 +9,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from fastvq.nn.dimensions import CONVOLUTIONS, TRANSPOSED
 from fastvq.nn.masked_conv import CausalConv1d
-
-_CONV: dict[int, type[nn.Conv1d] | type[nn.Conv2d]] = {1: nn.Conv1d, 2: nn.Conv2d}
 
 
 class CausalConvTranspose1d(nn.ConvTranspose1d):
@@ -43,17 +42,17 @@ def same_conv(
     """
     if causal:  # five taps, of which `CausalConv1d` keeps the centre and what lies before it
         return CausalConv1d(in_channels, out_channels, 5, "B", dilation)
-    return _CONV[dimensions](in_channels, out_channels, 3, padding=dilation, dilation=dilation)
+    return CONVOLUTIONS[dimensions](in_channels, out_channels, 3, padding=dilation, dilation=dilation)
 
 
 def pointwise(dimensions: int, in_channels: int, out_channels: int) -> nn.Module:
     """One tap."""
-    return _CONV[dimensions](in_channels, out_channels, 1)
+    return CONVOLUTIONS[dimensions](in_channels, out_channels, 1)
 
 
 def halving(dimensions: int, in_channels: int, out_channels: int) -> nn.Module:
     """Half the size along each dimension: kernel 4, stride 2."""
-    return _CONV[dimensions](in_channels, out_channels, 4, stride=2, padding=1)
+    return CONVOLUTIONS[dimensions](in_channels, out_channels, 4, stride=2, padding=1)
 
 
 def doubling(
@@ -62,5 +61,4 @@ def doubling(
     """Twice the size along each dimension: transposed, kernel 4, stride 2."""
     if causal:
         return CausalConvTranspose1d(in_channels, out_channels)
-    transposed = nn.ConvTranspose1d if dimensions == 1 else nn.ConvTranspose2d
-    return transposed(in_channels, out_channels, 4, stride=2, padding=1)
+    return TRANSPOSED[dimensions](in_channels, out_channels, 4, stride=2, padding=1)

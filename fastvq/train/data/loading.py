@@ -121,7 +121,8 @@ class BatchIterator:
             self.close()
             raise RuntimeError(
                 f"a worker process that reads {self.broken.noun}s has died, most often for lack of "
-                "memory or of shared memory (/dev/shm). Use fewer workers, or --workers 0 (workers=0)."
+                "memory or of shared memory (/dev/shm). Use fewer workers, or --workers 0 "
+                "(workers=0)."
             ) from error
         finally:
             self.wait_seconds += time.perf_counter() - start
