@@ -21,7 +21,7 @@ from fastvq.models import PRESETS, VQVAE2, HierarchicalPrior, preset
 from fastvq.train.codes import CodeFolder
 from fastvq.train.data import (
     BatchIterator,
-    PictureDataset,
+    ItemDataset,
     evaluation_batches,
     split_validation,
     training_batches,
@@ -241,7 +241,7 @@ class PriorTask:
         return codes, batch["label"].to(device) if self.conditional else None
 
 
-def _as_dataset(folder: CodeFolder) -> PictureDataset:
+def _as_dataset(folder: CodeFolder) -> ItemDataset:
     """A `CodeFolder` for the functions of `fastvq.train.data`, which ask of a data set only what
     it has, too: its length, `subset`, `read_batch` and `decodes`."""
-    return cast(PictureDataset, folder)
+    return cast(ItemDataset, folder)
