@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 from fastvq.models import TextVAE, TextVQVAE
 from fastvq.models.text import live_symbols
-from fastvq.train.data import BatchIterator, evaluation_batches, split_validation, training_batches
-from fastvq.train.data.text import TextDataset, lines_of
+from fastvq.train.data import BatchIterator, evaluation_batches, training_batches
+from fastvq.train.data.text import lines_of
 from fastvq.train.loop import LoopConfig, train
 from fastvq.train.run_folder import MODEL_CLASSES, RunFolder
 from fastvq.train.stage1 import build_model, check_arguments
+from fastvq.train.text_lines import split_lines
 
 TEXT_MODELS = ("vae", "vqvae")
 VALIDATION_LINES = 512
@@ -71,12 +72,6 @@ def train_text(config: TextConfig, *, resume: bool = False, progress: bool = Tru
     RunFolder.check(config.run, None, resume)
     config = dataclasses.replace(config, data=str(Path(config.data).expanduser().absolute()))
     return train(TextTask(config), config, resume=resume, progress=progress)
-
-
-def split_lines(config: dict[str, Any], length: int) -> tuple[TextDataset, TextDataset]:
-    """The training and the held-out lines of a run's settings."""
-    lines = TextDataset(config["data"], length, strict=config["strict"])
-    return split_validation(cast(Any, lines), config["validation_fraction"], config["seed"])
 
 
 class TextTask:

@@ -146,6 +146,6 @@ def symbols_of(lines: Sequence[bytes], length: int) -> torch.Tensor:
 
 
 def lines_of(symbols: torch.Tensor) -> list[str]:
-    """The lines of (n, length) symbols, each up to its first newline; broken UTF-8 is shown as �."""
+    """The lines of (n, length) symbols, up to the first newline of each; broken UTF-8 as �."""
     rows = symbols.to(torch.uint8).cpu().numpy()
     return [row.tobytes().split(b"\n", 1)[0].decode("utf-8", "replace") for row in rows]
