@@ -17,7 +17,12 @@ from fastvq.models.pixelcnn import PixelCNN
 from fastvq.models.pretrained import Pretrained
 from fastvq.nn.codebook import Codebook
 from fastvq.nn.gaussian import DiagonalGaussian
-from fastvq.nn.strided_coder import CoderShape, strided_decoder, strided_encoder
+from fastvq.nn.strided_coder import (
+    CoderShape,
+    keep_signal_size,
+    strided_decoder,
+    strided_encoder,
+)
 
 NUM_SYMBOLS = 256
 END = 10  # the newline, which ends a line and fills it up
@@ -79,6 +84,8 @@ class _TextModel(nn.Module):
         self.embedding = nn.Embedding(NUM_SYMBOLS, hidden_channels)
         self.encoder = strided_encoder(hidden_channels, downsample, shape)
         self.condition = strided_decoder(features, hidden_channels, downsample, shape)
+        for network in (self.encoder, self.condition):
+            keep_signal_size(network)
         self.decoder = PixelCNN(
             NUM_SYMBOLS,
             hidden_channels,
@@ -311,4 +318,5 @@ class TextVQVAE(Pretrained, _TextModel):
                 f"TextVQVAE: codes must be [int64 (B, {self.steps})]; got {only.dtype} "
                 f"{tuple(only.shape)}."
             )
-        return F.embedding(only, self.codebook.embed[0]).movedim(-1, 1)
+        vectors = F.embedding(only, self.codebook.embed[0])
+        return vectors.movedim(-1, 1).to(self.embedding.weight.dtype)

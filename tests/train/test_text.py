@@ -19,7 +19,7 @@ QUICK = ("--steps", "4", "--batch-size", "8", "--validate-every", "4", "--checkp
 
 @pytest.fixture(scope="module")
 def lines(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    words = "the cat dog saw a red hat and sat on it".split()
+    words = ["the", "cat", "dog", "saw", "a", "red", "hat", "and", "sat", "on", "it"]
     rng = random.Random(0)
     path = tmp_path_factory.mktemp("text") / "lines.txt"
     path.write_text("".join(" ".join(rng.choices(words, k=5)) + "\n" for _ in range(80)))
