@@ -305,7 +305,6 @@ def test_doubt_is_settled_from_what_a_code_can_depend_on(name: str) -> None:
         first_sample=0,
         level=0,
         progress=False,
-        verify=False,
     )
     settler = Settler(model, conditioning, request)
     sample = torch.tensor([1])
