@@ -102,6 +102,9 @@ def _demo(arguments: argparse.Namespace) -> None:
 def _train(arguments: argparse.Namespace) -> None:
     from fastvq.train.stage1 import Stage1Config, train_stage1
 
+    if _is_text_run(arguments):
+        _train_text(arguments)
+        return
     given = _given(arguments, Stage1Config, MODEL_FLAGS)
     if arguments.resume:
         config = _resumed(Stage1Config, arguments.run, given, ("vae", "vqvae", "vqvae2"))
@@ -109,11 +112,41 @@ def _train(arguments: argparse.Namespace) -> None:
         _require_options(given, "model", "data")
         config = Stage1Config(**given)
     path = train_stage1(config, resume=arguments.resume)
-    _say_where(path, "fastvq reconstruct shows what it keeps of pictures")
+    _say_where(path, "fastvq reconstruct shows what it keeps of the data")
+
+
+def _is_text_run(arguments: argparse.Namespace) -> bool:
+    """Whether `train` is asked to train on text, or to go on with such a run."""
+    from fastvq.train.data.text import is_text
+    from fastvq.train.run_folder import load_run
+
+    if arguments.resume:
+        return load_run(arguments.run).kind.startswith("text-")
+    data = getattr(arguments, "data", None)
+    # An IDX file holds zero bytes at its start, an array or a zip has a suffix of its own.
+    return data is not None and is_text(data)
+
+
+def _train_text(arguments: argparse.Namespace) -> None:
+    from fastvq.train.stage1 import Stage1Config
+    from fastvq.train.text import TextConfig, train_text
+
+    given = _given(arguments, TextConfig, MODEL_FLAGS)
+    others = _given(arguments, Stage1Config, {}).keys() - given.keys() - {"model_arguments"}
+    if others:
+        names = ", ".join("--" + name.replace("_", "-") for name in sorted(others))
+        raise ValueError(f"{names} must be left out for text.")
+    if arguments.resume:
+        config = _resumed(TextConfig, arguments.run, given, ("text-vae", "text-vqvae"))
+    else:
+        _require_options(given, "model", "data")
+        config = TextConfig(**given)
+    path = train_text(config, resume=arguments.resume)
+    _say_where(path, "fastvq reconstruct shows what it keeps of the lines")
 
 
 def _encode(arguments: argparse.Namespace) -> None:
-    from fastvq.train.codes import extract_codes
+    from fastvq.train.codes import CodeFolder, extract_codes
 
     out = arguments.out
     if out is None:
@@ -123,6 +156,9 @@ def _encode(arguments: argparse.Namespace) -> None:
         arguments.data,
         out,
         split=arguments.split,
+        only=arguments.only,
+        class_pattern=arguments.class_pattern,
+        clip_seconds=arguments.clip_seconds,
         batch_size=arguments.batch_size,
         device=arguments.device,
         workers=arguments.workers,
@@ -130,6 +166,9 @@ def _encode(arguments: argparse.Namespace) -> None:
         strict=arguments.strict,
     )
     print(f"codes: {path}")
+    broken = CodeFolder(path).manifest["source"]["broken"]
+    if broken:
+        print(f"{broken} files could not be decoded and were left out; each is named above")
 
 
 def _train_prior(arguments: argparse.Namespace) -> None:
@@ -146,7 +185,7 @@ def _train_prior(arguments: argparse.Namespace) -> None:
     else:
         config = PriorConfig(**given)
     path = train_prior(config, resume=arguments.resume)
-    _say_where(path, "fastvq sample draws new pictures from it")
+    _say_where(path, "fastvq sample draws from it")
 
 
 def _train_classifier(arguments: argparse.Namespace) -> None:
@@ -177,6 +216,11 @@ def _sample(arguments: argparse.Namespace) -> None:
         save_samples,
     )
 
+    if _is_of_text(arguments.run):
+        _sample_text(arguments)
+        return
+    if arguments.interpolate is not None:
+        raise ValueError("--interpolate is of runs of text.")
     if arguments.save_array is not None:
         check_array_path(arguments.save_array)
     labels = arguments.class_labels
@@ -199,14 +243,92 @@ def _sample(arguments: argparse.Namespace) -> None:
     if arguments.save_array is not None:
         print(f"array: {save_sample_array(samples, arguments.save_array)}")
     out = arguments.out or Path(arguments.run) / "pictures" / f"samples-{arguments.seed}.png"
-    print(f"samples: {save_samples(samples, out)}")
+    if samples.rate is None:
+        print(f"samples: {save_samples(samples, out)}")
+    else:
+        from fastvq.train.sound_showing import save_sound_samples
+
+        print(f"samples: {save_sound_samples(samples, out)} (spectrograms: {out})")
+
+
+def _is_of_text(run: str) -> bool:
+    """Whether a run is of text, or of a prior over codes of text."""
+    from fastvq.train.run_folder import load_run
+    from fastvq.train.text_lines import is_of_text
+
+    opened = load_run(run)
+    return is_of_text(opened if opened.stage1 is None else load_run(opened.stage1))
+
+
+def _sample_text(arguments: argparse.Namespace) -> None:
+    from fastvq.train.run_folder import load_run
+    from fastvq.train.showing import device_of
+    from fastvq.train.text_showing import interpolate_lines, sample_lines
+
+    run, device = load_run(arguments.run), device_of(arguments.device)
+    for name in ("class_labels", "complete", "save_array"):
+        if getattr(arguments, name) is not None:
+            raise ValueError(f"--{name.replace('_', '-')} must be left out for text.")
+    if arguments.interpolate is not None:
+        first, last = arguments.interpolate
+        lines = interpolate_lines(run, first, last, steps=arguments.count or 7, device=device)
+    else:
+        lines = sample_lines(
+            run,
+            arguments.count or 16,
+            seed=arguments.seed,
+            temperature=arguments.temperature,
+            top_k=arguments.top_k,
+            top_p=arguments.top_p,
+            device=device,
+        )
+    text = "".join(f"{line}\n" for line in lines)
+    out = arguments.out or run.pictures / f"samples-{arguments.seed}.txt"
+    Path(out).write_text(text, encoding="utf-8")
+    print(f"{text}samples: {out}")
+
+
+def _reconstruct_text(arguments: argparse.Namespace) -> None:
+    from fastvq.train.run_folder import load_run
+    from fastvq.train.showing import device_of
+    from fastvq.train.text_bits import evaluate_text
+    from fastvq.train.text_showing import reconstruct_lines
+
+    run, device = load_run(arguments.run), device_of(arguments.device)
+    if run.kind == "prior":
+        raise ValueError(
+            f"run '{run.path}' must be of a vae or vqvae; it is of a prior. Name the run whose "
+            f"codes it draws: '{run.stage1}'."
+        )
+    pairs = reconstruct_lines(
+        run, arguments.data, count=arguments.count, split=arguments.split, device=device
+    )
+    text = "".join(f"{line}\n→ {again}\n\n" for line, again in pairs)
+    name = f"reconstructions-{arguments.split or _stem(arguments.data)}.txt"
+    out = arguments.out or run.pictures / name
+    Path(out).write_text(text, encoding="utf-8")
+    print(text, end="")
+    results = evaluate_text(
+        run, arguments.data, split=arguments.split, limit=arguments.measure, baselines=False
+    )
+    for name, value in results.items():
+        print(f"{name}: {value:.6g}")
+    print(f"reconstructions: {out}")
 
 
 def _reconstruct(arguments: argparse.Namespace) -> None:
+    from fastvq.train.run_data import is_of_sounds
+    from fastvq.train.run_folder import load_run
     from fastvq.train.showing import show_reconstructions
 
     name = f"reconstructions-{arguments.split or _stem(arguments.data)}.png"
     out = arguments.out or Path(arguments.run) / "pictures" / name
+    if _is_of_text(arguments.run):
+        _reconstruct_text(arguments)
+        return
+    if is_of_sounds(load_run(arguments.run)):
+        _reconstruct_sounds(arguments, out)
+        return
     errors = show_reconstructions(
         arguments.run,
         arguments.data,
@@ -214,6 +336,7 @@ def _reconstruct(arguments: argparse.Namespace) -> None:
         count=arguments.count,
         measure=arguments.measure,
         split=arguments.split,
+        only=arguments.only,
         batch_size=arguments.batch_size,
         device=arguments.device,
         workers=arguments.workers,
@@ -223,8 +346,52 @@ def _reconstruct(arguments: argparse.Namespace) -> None:
     print(f"reconstructions: {out}")
 
 
+def _reconstruct_sounds(arguments: argparse.Namespace, out: str | Path) -> None:
+    from fastvq.train.run_folder import load_run
+    from fastvq.train.showing import device_of
+    from fastvq.train.sound_showing import show_sound_reconstructions
+
+    report = show_sound_reconstructions(
+        load_run(arguments.run),
+        arguments.data,
+        out,
+        count=arguments.count,
+        measure=arguments.measure,
+        split=arguments.split,
+        only=arguments.only,
+        strict=arguments.strict,
+        device=device_of(arguments.device),
+    )
+    for error in report.errors:
+        print(
+            f"{error.name:<14} SNR {error.snr:.2f} dB   log-spectral distance "
+            f"{error.log_spectral_distance:.2f} dB   {error.bits_per_second:.0f} bits/s "
+            f"(entropy {error.entropy_bits_per_second:.0f})"
+        )
+    skipped = f"; {report.broken} could not be decoded" if report.broken else ""
+    print(f"{report.sounds} sounds: {report.folder} (spectrograms: {out}){skipped}")
+
+
+def _classify(arguments: argparse.Namespace) -> None:
+    from fastvq.train.sound_classifier import judge_sounds
+
+    judged = judge_sounds(
+        arguments.data,
+        arguments.read,
+        class_pattern=arguments.class_pattern,
+        hold_out=arguments.hold_out,
+        seconds=arguments.clip_seconds,
+        epochs=arguments.epochs,
+        seed=arguments.seed,
+    )
+    print(f"a classifier trained on {judged.trained_on} real sounds reads")
+    for read in judged.read:
+        print(f"  {read.accuracy:6.1%} of {read.sounds} sounds of {read.name} as their class")
+
+
 def _evaluate(arguments: argparse.Namespace) -> None:
-    from fastvq.train.metrics import evaluate_bits_per_dim, evaluate_elbo
+    from fastvq.train.metrics import evaluate_bits_per_dim, evaluate_code_bits, evaluate_elbo
+    from fastvq.train.run_data import is_of_sounds
     from fastvq.train.run_folder import load_run
     from fastvq.train.showing import device_of
 
@@ -235,11 +402,17 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         "limit": arguments.limit,
         "device": device_of(arguments.device),
     }
-    if run.kind == "vae":
+    if _is_of_text(arguments.run):
+        from fastvq.train.text_bits import evaluate_text
+
+        results = evaluate_text(run, arguments.data, samples=arguments.samples, **options)
+    elif run.kind == "vae":
         binarise = run.resolved["binarise"]
         results = evaluate_elbo(
             run, arguments.data, binarise=binarise, samples=arguments.samples, **options
         )
+    elif run.stage1 is not None and is_of_sounds(load_run(run.stage1)):
+        results = evaluate_code_bits(run, arguments.data, only=arguments.only, **options)
     elif run.kind == "prior":
         results = evaluate_bits_per_dim(run, arguments.data, **options)
     else:
@@ -381,6 +554,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "sample": _sample,
     "reconstruct": _reconstruct,
     "evaluate": _evaluate,
+    "classify": _classify,
     "info": _info,
     "bench": _bench,
 }

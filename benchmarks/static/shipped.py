@@ -256,7 +256,6 @@ def _sampling_launches(
         first_sample=0,
         level=0,
         progress=False,
-        verify=False,
     )
     with torch.no_grad():
         executor = GpuMapExecutor(

@@ -4,6 +4,7 @@ from fastvq.models.classifier import Classifier
 from fastvq.models.hierarchical_prior import HierarchicalPrior
 from fastvq.models.pixelcnn import PixelCNN
 from fastvq.models.presets import PRESETS, preset
+from fastvq.models.text import TextVAE, TextVQVAE
 from fastvq.models.vae import VAE
 from fastvq.models.vqvae import VQVAE, VQVAE2
 
@@ -15,5 +16,7 @@ __all__ = [
     "Classifier",
     "HierarchicalPrior",
     "PixelCNN",
+    "TextVAE",
+    "TextVQVAE",
     "preset",
 ]

@@ -23,7 +23,7 @@ from torch import Tensor
 from fastvq.nn.causal_attention import coordinates
 from fastvq.ops.backends import why_not
 from fastvq.sampling.noise import sample_states
-from fastvq.sampling.plan import AttentionPlan, GatedLayerPlan, PriorPlan
+from fastvq.sampling.plan import AttentionPlan, CausalLayerPlan, PriorPlan
 from fastvq.sampling.request import Conditioning, Request
 from fastvq.sampling.vertical import VerticalStack
 
@@ -175,7 +175,7 @@ class GpuMapExecutor:
         product = partial(row_product, position=self._position, width=width)
         # Of a gated layer, every column's input of the current row, `reach` columns of zeros first.
         padded = [
-            new(n, layer.reach + width, channels) if isinstance(layer, GatedLayerPlan) else None
+            new(n, layer.reach + width, channels) if isinstance(layer, CausalLayerPlan) else None
             for layer in plan.layers
         ]
         inputs = [
@@ -244,7 +244,7 @@ class GpuMapExecutor:
         new = plan.out_weight.new_zeros
         n = request.num_samples
         query, seen, cache = new(n, channels), new(n, channels), new(n, positions, 2 * channels)
-        position = coordinates(request.height, request.width, plan.out_weight).flatten(1).T
+        position = coordinates(request.height, request.width, like=plan.out_weight).flatten(1).T
         terms = position @ plan.position_weight + plan.bias  # (H·W, 3C)
         return [
             partial(

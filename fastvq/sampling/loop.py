@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -72,6 +73,7 @@ class Settler:
         column: int,
         logits: Tensor,
         noise: Tensor | None,
+        conditioning: Conditioning | None = None,
     ) -> Tensor:
         """The canonical codes (m,) at (row, column) of the m doubtful samples.
 
@@ -79,12 +81,14 @@ class Settler:
             codes: (n, H, W), complete before the position.
             doubtful: (n,) bool.
             logits, noise: (n, K), as `draw` saw them.
+            conditioning: of these codes, where they are a part of what is drawn.
         Raises:
             RuntimeError: the model's logits are not finite.
         """
         settled = []
         for sample in doubtful.nonzero()[:, 0].split(1):
-            canonical = self._logits_at(codes[sample], sample, row, column)
+            told = (conditioning or self._conditioning).pick(sample)
+            canonical = self._logits_at(codes[sample], told, row, column)
             if not canonical.isfinite().all():
                 raise not_finite(row, column)
             error = (logits[sample] - canonical).abs().amax(dim=1, keepdim=True)
@@ -108,33 +112,28 @@ class Settler:
         picked._double = self._double
         return picked
 
-    def _logits_at(self, codes: Tensor, sample: Tensor, row: int, column: int) -> Tensor:
+    def canonical_logits(self, codes: Tensor, sample: Tensor) -> Tensor:
+        """Canonical logits (1, K, H, W) of one sample; `sample` (1,) is its index."""
+        return self._logits(codes, self._conditioning.pick(sample))
+
+    def _logits_at(self, codes: Tensor, told: Conditioning, row: int, column: int) -> Tensor:
         """Canonical logits (1, K) of one sample at (row, column), from what they can depend on."""
         rows, columns = getattr(self._model, "receptive_field", (None, None))
         if rows is None or columns is None:
-            return self.canonical_logits(codes, sample)[:, :, row, column]
-        seen = (
-            slice(max(0, row - rows), row + 1),
-            slice(max(0, column - columns), column + columns + 1),
-        )
-        logits = self.canonical_logits(codes[:, seen[0], seen[1]], sample, seen)
-        return logits[:, :, -1, column - seen[1].start]
+            return self._logits(codes, told)[:, :, row, column]
+        up_to_here = slice(max(0, row - rows), row + 1)
+        beside = slice(max(0, column - columns), column + columns + 1)
+        if told.condition is not None:
+            told = replace(told, condition=told.condition[:, :, up_to_here, beside])
+        logits = self._logits(codes[:, up_to_here, beside], told)
+        return logits[:, :, -1, column - beside.start]
 
-    def canonical_logits(
-        self, codes: Tensor, sample: Tensor, part: tuple[slice, slice] | None = None
-    ) -> Tensor:
-        """Canonical logits (1, K, H, W) of one sample; `sample` (1,) is its index.
-
-        With `part`, the codes are those of some rows and columns only, and the logits are the
-        canonical ones where these hold all that they depend on.
-        """
+    def _logits(self, codes: Tensor, told: Conditioning) -> Tensor:
+        """Canonical logits (1, K, H, W) of one sample."""
         if self._double is None:
             self._double = eval_copy(self._model, torch.float64)
-        told = self._conditioning.pick(sample).to(torch.float64)
-        condition = told.condition
-        if part is not None and condition is not None:
-            condition = condition[:, :, part[0], part[1]]
-        logits: Tensor = self._double(codes.clamp(min=0), told.class_labels, condition)
+        told = told.to(torch.float64)
+        logits: Tensor = self._double(codes.clamp(min=0), told.class_labels, told.condition)
         return logits
 
 
@@ -144,6 +143,12 @@ def _noise(request: Request, start: int, count: int) -> Tensor | None:
         return None
     positions = torch.arange(start, start + count, device=request.device)
     return gumbel_noise(request.seed, request.samples, request.level, positions, request.num_codes)
+
+
+def position_noise(request: Request, position: int) -> Tensor | None:
+    """(n, K) float64 Gumbel noise of one position, or None where the temperature is 0."""
+    noise = _noise(request, position, 1)
+    return None if noise is None else noise[0]
 
 
 class _Noise:
@@ -194,8 +199,7 @@ def _run_rows(
     """Draw the unknown codes (n, H, W) in raster order, a row at a time, in place."""
     for row in range(request.height):
         for column, doubtful, logits in executor.draw_row(codes, row):
-            noise = _noise(request, row * request.width + column, 1)
-            noise = None if noise is None else noise[0]
+            noise = position_noise(request, row * request.width + column)
             settled = settler.settle(codes, doubtful, row, column, logits, noise)
             codes[doubtful, row, column] = settled
         if bar is not None:

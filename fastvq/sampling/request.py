@@ -21,7 +21,8 @@ METHODS = ("cached", "full")
 
 @dataclass(frozen=True)
 class Conditioning:
-    """Class labels (n,) int64 and condition map (n, channels, H, W), each or None."""
+    """Class labels (n,) int64 and condition map (n, channels, H, W), each or None; H is 1 for
+    sequences."""
 
     class_labels: Tensor | None
     condition: Tensor | None
@@ -44,11 +45,14 @@ class Conditioning:
 class Request:
     """Draw `num_samples` maps of `height` × `width` codes out of `num_codes`.
 
+    A sequence, of 1 of `dimensions`, is a map one row high.
+
     `samples` (n,) int64 are the samples' indices in the noise, and `level` says which prior of a
     hierarchy draws. `given` (n, H, W) holds known codes, −1 elsewhere; None: all unknown.
     `verify`: each map is proven by a float64 forward.
     """
 
+    dimensions: int
     height: int
     width: int
     num_samples: int
@@ -66,6 +70,13 @@ class Request:
         """The same of these samples only, an index (m,); what is given is up to the caller."""
         count = len(samples)
         return replace(self, num_samples=count, samples=self.samples[samples], given=None)
+
+    @property
+    def what(self) -> str:
+        """What each sample is, for a message."""
+        if self.dimensions == 1:
+            return f"sequences of {self.width} codes"
+        return f"maps of {self.height} × {self.width} codes"
 
 
 def _is_int(value: object) -> bool:
@@ -98,7 +109,20 @@ def _check_rule(
     return Filter(float(temperature), top_k, None if top_p is None else float(top_p))
 
 
-def _check_given(given: Tensor, num_samples: int, shape: tuple[int, int], num_codes: int) -> Tensor:
+def check_shape(shape: int | Sequence[int], dimensions: int) -> tuple[int, ...]:
+    """The shape as a tuple of so many positive ints; a sequence's may be one int."""
+    sizes: tuple[int, ...] = ()
+    if isinstance(shape, Sequence):
+        sizes = tuple(shape)
+    elif dimensions == 1:
+        sizes = (shape,)
+    if len(sizes) != dimensions or not all(_is_int(size) and size >= 1 for size in sizes):
+        rule = "two positive ints (H, W)" if dimensions == 2 else "a positive int, T or (T,)"
+        raise ValueError(f"sample: shape must be {rule}; got {shape!r}.")
+    return sizes
+
+
+def _check_given(given: Tensor, num_samples: int, shape: tuple[int, ...], num_codes: int) -> Tensor:
     if given.dtype != torch.int64:
         raise TypeError(f"sample: given must be int64 codes, -1 where unknown; got {given.dtype}.")
     if tuple(given.shape) not in (shape, (num_samples, *shape)):
@@ -114,9 +138,10 @@ def _check_given(given: Tensor, num_samples: int, shape: tuple[int, int], num_co
 
 
 def make_request(
-    shape: Sequence[int],
+    shape: int | Sequence[int],
     n: int,
     *,
+    dimensions: int = 2,
     num_codes: int,
     device: torch.device,
     temperature: float,
@@ -127,24 +152,23 @@ def make_request(
     first_sample: int,
     level: int,
     progress: bool,
-    verify: bool,
+    verify: bool = False,
 ) -> Request:
     """A checked `Request`.
 
     Raises:
         ValueError, TypeError: an argument breaks its rule; the message names it.
     """
-    sizes = tuple(shape)
-    if len(sizes) != 2 or not all(_is_int(size) and size >= 1 for size in sizes):
-        raise ValueError(f"sample: shape must be two positive ints (H, W); got {shape!r}.")
+    sizes = check_shape(shape, dimensions)
     if not (_is_int(n) and n >= 0):
         raise ValueError(f"sample: n must be an int, at least 0; got {n!r}.")
     if not (_is_int(first_sample) and first_sample >= 0):
         raise ValueError(f"sample: first_sample must be an int, at least 0; got {first_sample!r}.")
-    height, width = sizes
+    height, width = (1, *sizes)[-2:]
     if given is not None:
-        given = _check_given(given, n, (height, width), num_codes).to(device)
+        given = _check_given(given, n, sizes, num_codes).to(device).view(n, height, width)
     return Request(
+        dimensions=dimensions,
         height=height,
         width=width,
         num_samples=n,

@@ -20,7 +20,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastvq.sampling.plan import GatedLayerPlan, PriorPlan
+from fastvq.sampling.plan import CausalLayerPlan, GatedLayerPlan, PriorPlan
 from fastvq.sampling.request import Conditioning
 
 
@@ -30,22 +30,48 @@ def gate(features: Tensor) -> Tensor:
     return values.tanh() * gates.sigmoid()
 
 
-class _VerticalLayer:
-    """One gated layer's last input rows, and its step: a row."""
+class _RowTerms:
+    """What a row adds to each column's gate in one layer, from class and map."""
 
-    def __init__(self, plan: GatedLayerPlan, conditioning: Conditioning, n: int, width: int):
+    def __init__(self, plan: CausalLayerPlan, conditioning: Conditioning, n: int, width: int):
         self._plan = plan
         self._width = width
-        self._reach = plan.reach
-        channels = plan.out_weight.shape[0]
-        new = plan.out_weight.new_zeros
-        depth = self._reach + (plan.rows > plan.kernel_size // 2)
-        self._last_rows = new(depth, width + 2 * self._reach, n, channels)
-        self.row_term = new(width, n, 2 * channels)
+        self.row_term = plan.out_weight.new_zeros(width, n, 2 * plan.out_weight.shape[0])
         self._class_term: Tensor | None = None
         if plan.class_bias is not None:
             self._class_term = plan.class_bias[conditioning.class_labels]
         self._condition = conditioning.condition
+
+    def fill(self, row: Tensor) -> None:
+        """Fill the terms of a row that has no rows above."""
+        self.row_term.copy_(self._plan.horizontal_bias.expand_as(self.row_term))
+        for added in self._conditioning_terms(row):
+            self.row_term += added
+
+    def _conditioning_terms(self, row: Tensor) -> list[Tensor]:
+        """What class and map add to the row, each broadcastable to (W, n, S)."""
+        terms = []
+        if self._class_term is not None:
+            terms.append(self._class_term)
+        if self._plan.condition_weight is not None:
+            assert self._condition is not None
+            here = self._condition.index_select(2, row)[:, :, 0]
+            terms.append(here.permute(2, 0, 1) @ self._plan.condition_weight)
+        return terms
+
+
+class _VerticalLayer(_RowTerms):
+    """One gated layer's last input rows, and its step: a row."""
+
+    _plan: GatedLayerPlan
+
+    def __init__(self, plan: GatedLayerPlan, conditioning: Conditioning, n: int, width: int):
+        super().__init__(plan, conditioning, n, width)
+        self._reach = plan.reach
+        channels = plan.out_weight.shape[0]
+        depth = self._reach + (plan.rows > plan.kernel_size // 2)
+        shape = (depth, width + 2 * self._reach, n, channels)
+        self._last_rows = plan.out_weight.new_zeros(shape)
 
     def store(self, features: Tensor) -> None:
         """Keep this layer's vertical input of the next row, (W, n, C), as the last one."""
@@ -73,20 +99,9 @@ class _VerticalLayer:
         self.row_term.copy_(horizontal)
         return gate(vertical)
 
-    def _conditioning_terms(self, row: Tensor) -> list[Tensor]:
-        """What class and map add to the row, each broadcastable to (W, n, 4C)."""
-        terms = []
-        if self._class_term is not None:
-            terms.append(self._class_term)
-        if self._plan.condition_weight is not None:
-            assert self._condition is not None
-            here = self._condition.index_select(2, row)[:, :, 0]
-            terms.append(here.permute(2, 0, 1) @ self._plan.condition_weight)
-        return terms
-
 
 class VerticalStack:
-    """The vertical stack of all gated layers.
+    """The vertical stack of all gated layers; of a prior over sequences, their conditioning alone.
 
     Args:
         plan: the prior's weights.
@@ -99,16 +114,18 @@ class VerticalStack:
         self, plan: PriorPlan, conditioning: Conditioning, num_samples: int, width: int
     ) -> None:
         self._embedding = plan.embedding
-        self._layers = [
-            _VerticalLayer(layer, conditioning, num_samples, width)
-            for layer in plan.layers
-            if isinstance(layer, GatedLayerPlan)
-        ]
+        self._layers: list[_VerticalLayer] = []
+        self._sequence_layers: list[_RowTerms] = []
+        for layer in plan.layers:
+            if isinstance(layer, GatedLayerPlan):
+                self._layers.append(_VerticalLayer(layer, conditioning, num_samples, width))
+            elif isinstance(layer, CausalLayerPlan):
+                self._sequence_layers.append(_RowTerms(layer, conditioning, num_samples, width))
 
     @property
     def row_terms(self) -> list[Tensor]:
         """Each gated layer's (W, n, 2C) terms of the row started last, written in place."""
-        return [layer.row_term for layer in self._layers]
+        return [layer.row_term for layer in (*self._layers, *self._sequence_layers)]
 
     def start_row(self, codes: Tensor, row: int | Tensor) -> None:
         """Fill the terms of a row; the first layer sees the rows above, later ones this row too.
@@ -119,6 +136,10 @@ class VerticalStack:
         """
         if isinstance(row, int):
             row = torch.full((1,), row, device=codes.device)
+        for sequence_layer in self._sequence_layers:
+            sequence_layer.fill(row)
+        if not self._layers:
+            return
         above = self._embedding[codes.index_select(1, (row - 1).clamp(min=0))[:, 0]]
         first = self._layers[0]
         first.store(torch.where(row > 0, above, 0.0).transpose(0, 1))

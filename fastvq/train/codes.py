@@ -1,7 +1,8 @@
 """Codes of a whole data set: `extract_codes` writes them, `CodeFolder` reads them.
 
     codes/manifest.json              written last: without it the folder is not whole
-          shard-00000-level0.npy     (n, h, w), the smallest unsigned dtype that holds the codes
+          shard-00000-level0.npy     (n, h, w) or (n, t), the smallest unsigned dtype that holds
+                                     the codes
           shard-00000-level1.npy     …, top level first
           shard-00000-labels.npy     (n,) int64, −1 where the data has no classes
 
@@ -27,8 +28,9 @@ from tqdm import tqdm
 
 from fastvq.models import VQVAE2
 from fastvq.train.checkpoint import flush
-from fastvq.train.data import PictureDataset, evaluation_batches, open_source, to_float
+from fastvq.train.data import ItemDataset, evaluation_batches, examples
 from fastvq.train.processes import several_on_cpus
+from fastvq.train.run_data import data_like, described
 from fastvq.train.run_folder import Run, load_run
 from fastvq.train.stage1 import class_names
 
@@ -42,6 +44,9 @@ def extract_codes(
     out: str | os.PathLike[str],
     *,
     split: str | None = None,
+    only: str | None = None,
+    class_pattern: str | None = None,
+    clip_seconds: float | None = None,
     batch_size: int = 64,
     device: str | torch.device | None = None,
     workers: int | None = None,
@@ -49,37 +54,45 @@ def extract_codes(
     strict: bool = False,
     progress: bool = True,
 ) -> Path:
-    """Encodes every picture of a data set with a trained VQ-VAE; returns `out`.
+    """Encodes every picture, sound or line of a data set with a trained VQ-VAE; returns `out`.
 
-    Pictures are brought to the size and channels the run was trained with; broken ones are left
-    out and counted. Under `torchrun` or `accelerate launch` each process writes a shard of its
-    own. Everything is written into `out`.partial, which becomes `out` when it is whole.
+    They are brought to the size and channels, or the rate, length and peak, that the run was
+    trained with; broken ones are left out and counted. Under `torchrun` or `accelerate
+    launch` each process writes a shard of its own. Everything is written into `out`.partial, which
+    becomes `out` when it is whole.
 
     Args:
         run_path: a run of kind "vqvae" or "vqvae2".
-        data, split: as `open_source`.
+        data, split, only: as `open_source`.
+        class_pattern: as `open_source`; None: the run's own.
+        clip_seconds: of sounds, how much of each is encoded (from its start, zeros behind); None:
+            as long as the clips of the run.
         out: the folder to write; an existing one is refused unless `overwrite`.
-        batch_size: pictures encoded together.
+        batch_size: pictures or sounds encoded together.
         device: None: this process's GPU where there is one.
-        workers: processes that decode pictures; None chooses.
-        strict: refuse a broken picture instead.
+        workers: processes that decode files; None chooses.
+        strict: refuse a broken file instead.
         progress: show a bar, on the main process.
     Raises:
         ValueError: an argument breaks its rule, or the run, the data or `out` is refused.
         RuntimeError: the encoder gives a value that is not finite.
     """
     run, out = load_run(run_path), Path(out)
-    if run.kind not in ("vqvae", "vqvae2"):
-        raise ValueError(f"encode: run must be of kind vqvae or vqvae2; got {run.kind!r}.")
+    if run.kind not in ("vqvae", "vqvae2", "text-vqvae"):
+        raise ValueError(
+            f"encode: run must be of kind vqvae, vqvae2 or text-vqvae; got {run.kind!r}."
+        )
     if batch_size < 1:
         raise ValueError(f"encode: batch_size must be 1 or more; got {batch_size}.")
     _check_free(out, overwrite)
     state = PartialState(cpu=several_on_cpus())
-    channels, height, width = run.resolved["picture_shape"]
-    dataset = PictureDataset(
-        open_source(data, split=split),
-        image_size=(height, width),
-        channels=channels,
+    dataset = data_like(
+        run,
+        data,
+        split=split,
+        only=only,
+        class_pattern=class_pattern,
+        clip_seconds=clip_seconds,
         strict=strict,
     )
     model = cast(VQVAE2, run.model(state.device if device is None else device))
@@ -106,16 +119,16 @@ def extract_codes(
 
 
 class CodeFolder:
-    """The codes of N pictures, memory-mapped. Written by `extract_codes`.
+    """The codes of N pictures or sounds, memory-mapped. Written by `extract_codes`.
 
-    It answers to `training_batches` and `evaluation_batches` as a `PictureDataset` does; their
-    batches then hold "codes", a list of (B, h, w) int64 per level, top first, for "picture".
+    It answers to `training_batches` and `evaluation_batches` as an `ItemDataset` does; their
+    batches then hold "codes", a list of (B, h, w) or (B, t) int64 per level, top first.
 
     Args:
         path: the folder.
     Attributes:
         num_codes: K of each level, top first.
-        shapes: [h, w] of each level.
+        shapes: [h, w] or [t] of each level.
         class_names: the names of the classes; None where there are none.
         num_classes: their number; 0 where there are none.
         labels: (N,) int64 labels, or None.
@@ -125,6 +138,7 @@ class CodeFolder:
         ValueError: not such a folder, or a shard is missing, truncated or altered in its shape.
     """
 
+    noun = "map"
     decodes = False  # reading takes no decoding that worker processes would speed up
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -162,7 +176,7 @@ class CodeFolder:
         return chosen
 
     def codes(self, positions: Sequence[int] | NDArray[np.int64]) -> list[Tensor]:
-        """The codes at `positions`: one (n, h, w) int64 per level, top first.
+        """The codes at `positions`: one (n, *shape) int64 per level, top first.
 
         Raises:
             ValueError: a code is outside its codebook: the shard was altered.
@@ -254,7 +268,7 @@ class _Rows:
 
 def _write_shard(
     model: VQVAE2,
-    dataset: PictureDataset,
+    dataset: ItemDataset,
     folder: Path,
     state: PartialState,
     batch_size: int,
@@ -272,7 +286,7 @@ def _write_shard(
         - len(dataset) * rank // state.num_processes,
         disable=not (progress and state.is_main_process),
         desc="encode",
-        unit="picture",
+        unit=dataset.noun,
         dynamic_ncols=True,
     )
     batches = evaluation_batches(
@@ -284,7 +298,7 @@ def _write_shard(
     )
     with bar, batches:
         for batch in batches:
-            codes = model.encode(to_float(batch["picture"].to(device)))
+            codes = model.encode(examples(batch, device))
             for level, (file, code_map) in enumerate(zip(files, codes)):
                 if bool((code_map < 0).any()):
                     name = dataset.source.name(int(batch["index"][0]))
@@ -303,7 +317,7 @@ def _write_shard(
 
 
 def _manifest(
-    run: Run, model: VQVAE2, dataset: PictureDataset, folder: Path, world_size: int
+    run: Run, model: VQVAE2, dataset: ItemDataset, folder: Path, world_size: int
 ) -> dict[str, Any]:
     """manifest.json from what the processes noted; their notes are removed."""
     shards, broken = [], 0
@@ -332,7 +346,7 @@ def _manifest(
             "path": str(Path(dataset.source.path).absolute()),
             "split": dataset.source.split,
             "description": str(dataset.source),
-            "picture_shape": list(dataset.shape),
+            **described(cast(Any, dataset)),
             "broken": broken,
         },
         "shards": shards,
@@ -372,9 +386,11 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def _level_shapes(model: VQVAE2, shape: tuple[int, int, int]) -> list[tuple[int, int]]:
-    factors = [model.downsample << level for level in reversed(range(model.levels))]
-    return [(shape[1] // factor, shape[2] // factor) for factor in factors]
+def _level_shapes(model: VQVAE2, shape: tuple[int, ...]) -> list[list[int]]:
+    """[h, w] or [t] of each level's codes of data (C, …), top first."""
+    coarsest = model.downsample << (model.levels - 1)
+    top = [-(-size // coarsest) for size in shape[1:]]
+    return [[size << level for size in top] for level in range(model.levels)]
 
 
 def _code_dtype(num_codes: int) -> np.dtype[Any]:

@@ -74,7 +74,6 @@ def _executor(
         first_sample=0,
         level=0,
         progress=False,
-        verify=False,
     )
     conditioning = sampling.Conditioning(told.get("class_labels"), told.get("condition"))
     return GpuMapExecutor(model._plan(), conditioning, request, launcher=launcher)

@@ -61,7 +61,6 @@ def _request(model: PixelCNN, n: int, shape: tuple[int, int], rule: Filter) -> s
         first_sample=0,
         level=0,
         progress=False,
-        verify=False,
     )
 
 

@@ -305,7 +305,6 @@ def test_doubt_is_settled_from_what_a_code_can_depend_on(name: str) -> None:
         first_sample=0,
         level=0,
         progress=False,
-        verify=False,
     )
     settler = Settler(model, conditioning, request)
     sample = torch.tensor([1])
@@ -314,6 +313,6 @@ def test_doubt_is_settled_from_what_a_code_can_depend_on(name: str) -> None:
         for row, column in ((0, 0), (3, 18), (16, 0), (16, 18), (9, 9)):
             seen = codes[sample].clone()
             seen.flatten(1)[:, row * shape[1] + column :] = -1
-            got = settler._logits_at(seen, sample, row, column)
+            got = settler._logits_at(seen, conditioning.pick(sample), row, column)
             # float64: sums of at most 16·36 terms in another order, through five layers
             torch.testing.assert_close(got, whole[:, :, row, column], rtol=0, atol=1e-10)
