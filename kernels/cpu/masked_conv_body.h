@@ -24,34 +24,18 @@ constexpr int64_t kMostSegments = 2 * kMostRows;
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// Reads channels of one row as floats and makes a plane's words of them.
-inline void pack_channels(const ConvProblem& problem, const RowPart& part, int64_t plane,
-                          float* row, float* words) {
-  if (!kPairs) {
-    const int64_t channel = plane * kPlane;
-    read_row(problem.dtype, problem.x, part, channel, smaller(problem.C - channel, kPlane), words);
-    return;
-  }
-  const int64_t pixels = part.left + part.pixels + part.right;
-  for (int64_t half = 0; half < 2; ++half) {
-    const int64_t channel = (2 * plane + half) * kPlane;
-    const int64_t count = smaller(problem.C - channel, kPlane);
-    if (count <= 0) return;
-    read_row(problem.dtype, problem.x, part, channel, count, row);
-    pair_channels(row, pixels, (count + 1) / 2, words + half * kPlane / 2);
-  }
-}
-
 void pack_x(const ConvProblem& problem, const ConvReach& reach, const ConvBlock& block, float* row,
             float* words) {
-  const int64_t pitch = pitch_of(reach, block);
+  const int64_t pitch = pitch_of(reach, block), step = channels_at_once(problem.x);
   const int64_t first = block.row - reach.above, last = block.row + block.rows + reach.below;
-  const int64_t planes = planes_of(words_of(problem.C, kPerWord));
-  for (int64_t plane = 0; plane < planes; ++plane) {
-    float* to = words + plane * plane_of_x(reach, block);
+  for (int64_t channel = 0; channel < problem.C; channel += step) {
+    const int64_t count = smaller(problem.C - channel, step), word = channel / kPerWord;
+    float* to = words + word / kPlane * plane_of_x(reach, block) + word % kPlane;
     for (int64_t i = larger(first, 0); i < smaller(last, problem.H); ++i) {
       const RowPart part = seen_part(problem, reach, block, i);
-      pack_channels(problem, part, plane, row, to + (i - first) * pitch);
+      float* place = to + (i - first) * pitch;
+      read_row(problem.dtype, problem.x, part, channel, count, kPairs ? row : place);
+      if (kPairs) pair_channels(row, part.all(), (count + 1) / 2, place);
     }
   }
 }
@@ -106,14 +90,17 @@ template <class Element>
 void store_block(const ConvProblem& problem, const ConvBlock& block, const float* sums,
                  const Element* bias, bool add) {
   const ConvImages& y = problem.y;
-  for (int64_t plane = 0; plane < planes_of(problem.O); ++plane) {
-    const int64_t channel = plane * kPlane, count = smaller(problem.O - channel, kPlane);
+  const int64_t step = channels_at_once(y), plane = block.rows * block.columns * kPlane;
+  for (int64_t channel = 0; channel < problem.O; channel += step) {
+    const int64_t count = smaller(problem.O - channel, step);
     float biases[kPlane] = {};
     if (bias != nullptr) read_elements<Element>(bias, channel, count, biases);
-    for (int64_t row = 0; row < block.rows; ++row, sums += block.columns * kPlane) {
-      write_pixels(sums, biases, y, count, block.columns, add,
-                   static_cast<Element*>(y.data) + block.image * y.stride_b + channel * y.stride_c +
-                       (block.row + row) * y.stride_h + block.column * y.stride_w);
+    const float* from = sums + channel / kPlane * plane + channel % kPlane;
+    Element* to = static_cast<Element*>(y.data) + block.image * y.stride_b + channel * y.stride_c +
+                  block.row * y.stride_h + block.column * y.stride_w;
+    for (int64_t row = 0; row < block.rows; ++row) {
+      write_pixels(from + row * block.columns * kPlane, biases, y, count, block.columns, add,
+                   to + row * y.stride_h);
     }
   }
 }
@@ -130,28 +117,34 @@ void store_pixels(const ConvProblem& problem, const ConvBlock& block, const floa
 }
 
 // Words of x in products: planes of kPlane channels whatever a word holds, each `sets` times.
-void pack_products(const ConvProblem& problem, const ConvReach& reach, const ConvBlock& block,
-                   float* row, float* x_words, float* grad_words) {
-  const int64_t pitch = pitch_of(reach, block), pixels = pitch / kPlane;
+void pack_seen(const ConvProblem& problem, const ConvReach& reach, const ConvBlock& block,
+               float* row, float* words) {
+  const int64_t pitch = pitch_of(reach, block), step = channels_at_once(problem.x);
   const int64_t first = block.row - reach.above, last = block.row + block.rows + reach.below;
   const int64_t set = plane_of_x(reach, block), sets = product_sets(block, kPerWord);
-  for (int64_t plane = 0; plane < planes_of(problem.C); ++plane) {
-    const int64_t channel = plane * kPlane, count = smaller(problem.C - channel, kPlane);
+  for (int64_t channel = 0; channel < problem.C; channel += step) {
+    const int64_t count = smaller(problem.C - channel, step);
+    float* to = words + channel / kPlane * sets * set + channel % kPlane;
     for (int64_t i = larger(first, 0); i < smaller(last, problem.H); ++i) {
-      float* words = x_words + plane * sets * set + (i - first) * pitch;
       const RowPart part = seen_part(problem, reach, block, i);
-      read_row(problem.dtype, problem.x, part, channel, count, kPairs ? row : words);
-      if (kPairs) pair_pixels(row, pixels, 1, words);
-      if (sets == 2) single_pixels(row, pixels, words + set);
+      float* place = to + (i - first) * pitch;
+      read_row(problem.dtype, problem.x, part, channel, count, kPairs ? row : place);
+      if (kPairs) pair_pixels(row, count, part.all(), 1, place);
+      if (sets == 2) single_pixels(row, count, part.all(), place + set);
     }
   }
-  const int64_t steps = words_of(block.columns, kPerWord);
-  for (int64_t plane = 0; plane < planes_of(problem.O); ++plane) {
-    const int64_t channel = plane * kPlane, count = smaller(problem.O - channel, kPlane);
-    for (int64_t i = 0; i < block.rows; ++i, grad_words += steps * kPlane) {
+}
+
+void pack_gradients(const ConvProblem& problem, const ConvBlock& block, float* row,
+                    float* grad_words) {
+  const int64_t step = channels_at_once(problem.y), plane = plane_of_grad(block, kPerWord);
+  for (int64_t channel = 0; channel < problem.O; channel += step) {
+    const int64_t count = smaller(problem.O - channel, step);
+    float* to = grad_words + channel / kPlane * plane + channel % kPlane;
+    for (int64_t i = 0; i < block.rows; ++i, to += plane / block.rows) {
       const RowPart part = {block.image, block.row + i, block.column, block.columns, 0, 0};
-      read_row(problem.dtype, problem.y, part, channel, count, kPairs ? row : grad_words);
-      if (kPairs) pair_pixels(row, block.columns, 2, grad_words);
+      read_row(problem.dtype, problem.y, part, channel, count, kPairs ? row : to);
+      if (kPairs) pair_pixels(row, count, block.columns, 2, to);
     }
   }
 }
@@ -220,8 +213,9 @@ void sum_gradients(const ConvProblem& problem, const ConvProducts& products, int
   }
 }
 
-constexpr ConvKernel kKernel = {kPerWord,     kPerWord,      kTilesOfPlane, pack_x,       convolve,
-                                store_pixels, pack_products, sum_products,  sum_gradients};
+constexpr ConvKernel kKernel = {kPerWord,     kPerWord,     kTilesOfPlane, pack_x,
+                                convolve,     store_pixels, pack_seen,     pack_gradients,
+                                sum_products, sum_gradients};
 
 }  // namespace
 }  // namespace fastvq

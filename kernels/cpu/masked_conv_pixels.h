@@ -28,48 +28,77 @@ inline void transpose(Floats4 (&v)[4]) {
   v[3] = FASTVQ_PICK(b, d, 2, 3, 6, 7);
 }
 
-template <class Element>
-inline Floats4 load_four(const Element* from) {
-  Floats4 four;
-  for (int i = 0; i < 4; ++i) four[i] = to_float(from[i]);
-  return four;
-}
-template <>
-inline Floats4 load_four<float>(const float* from) {
-  Floats4 four;
-  memcpy(&four, from, sizeof four);
-  return four;
+constexpr int64_t kSquare = 16;
+
+// to[i][j] = from[j][i], both with rows `stride_from` and `stride_to` apart.
+inline void transpose_square(const float* from, int64_t stride_from, float* to, int64_t stride_to) {
+  for (int64_t i = 0; i < kSquare; i += 4) {
+    for (int64_t j = 0; j < kSquare; j += 4) {
+      Floats4 four[4];
+      for (int k = 0; k < 4; ++k)
+        memcpy(&four[k], from + (j + k) * stride_from + i, sizeof four[k]);
+      transpose(four);
+      for (int k = 0; k < 4; ++k) memcpy(to + (i + k) * stride_to + j, &four[k], sizeof four[k]);
+    }
+  }
 }
 
-// Floats of `count` ≤ kPlane channels of a row's pixels, as [pixel][kPlane], zeros up to the next
-// multiple of 16. `from` is the first channel of the first pixel.
+// Elements `stride` apart as floats. GCC 12 turns a loop of constant length into scalar code.
+template <class Element>
+inline void read_strided(const Element* from, int64_t stride, int64_t count, float* to) {
+  if (stride == 1) {
+    for (int64_t i = 0; i < count; ++i) to[i] = to_float(from[i]);
+    return;
+  }
+  for (int64_t i = 0; i < count; ++i) to[i] = to_float(from[i * stride]);
+}
+
+inline int64_t part_of_square(int64_t all, int64_t done) {
+  return all - done < kSquare ? all - done : kSquare;
+}
+
+// How many channels of all a block's pixels are best read or written together: what lies together.
+inline int64_t channels_at_once(const ConvImages& images) {
+  return images.stride_c == 1 ? kPlane : kSquare;
+}
+
+// Floats of `count` channels of a row's pixels as [pixel][kPlane], with zeros up to the next
+// multiple of kSquare. `from` is the first channel of the first pixel.
 template <class Element>
 void read_pixels(const Element* from, const ConvImages& images, int64_t count, int64_t pixels,
                  float* to) {
-  const int64_t padded = (count + 15) / 16 * 16;
   if (images.stride_c == 1) {
+    const int64_t padded = (count + kSquare - 1) / kSquare * kSquare;
     for (int64_t p = 0; p < pixels; ++p) {
-      const Element* source = from + p * images.stride_w;
-      for (int64_t c = 0; c < count; ++c) to[p * kPlane + c] = to_float(source[c]);
-      for (int64_t c = count; c < padded; ++c) to[p * kPlane + c] = 0.0f;
+      float* place = to + p * kPlane;
+      read_strided(from + p * images.stride_w, 1, count, place);
+      for (int64_t c = count; c < padded; ++c) place[c] = 0.0f;
     }
     return;
   }
-  const int64_t square = images.stride_w == 1 ? pixels / 4 * 4 : 0;
-  for (int64_t c = 0; c < padded; c += 4) {
-    const Element* source = from + c * images.stride_c;
-    int64_t p = c + 4 <= count ? square : 0;
-    for (int64_t q = 0; q < p; q += 4) {
-      Floats4 four[4];
-      for (int i = 0; i < 4; ++i) four[i] = load_four(source + i * images.stride_c + q);
-      transpose(four);
-      for (int i = 0; i < 4; ++i) memcpy(to + (q + i) * kPlane + c, &four[i], sizeof four[i]);
-    }
-    for (; p < pixels; ++p) {
-      for (int64_t i = 0; i < 4; ++i) {
-        const bool real = c + i < count;
-        to[p * kPlane + c + i] =
-            real ? to_float(source[i * images.stride_c + p * images.stride_w]) : 0.0f;
+  for (int64_t c = 0; c < count; c += kSquare) {
+    const int64_t channels = part_of_square(count, c);
+    for (int64_t p = 0; p < pixels; p += kSquare) {
+      const int64_t columns = part_of_square(pixels, p);
+      const Element* source = from + c * images.stride_c + p * images.stride_w;
+      float* place = to + p * kPlane + c;
+      if constexpr (sizeof(Element) == sizeof(float)) {
+        if (channels == kSquare && columns == kSquare && images.stride_w == 1) {
+          transpose_square(source, images.stride_c, place, kPlane);
+          continue;
+        }
+      }
+      float square[kSquare * kSquare] = {}, turned[kSquare * kSquare];
+      for (int64_t i = 0; i < channels; ++i) {
+        read_strided(source + i * images.stride_c, images.stride_w, columns, square + i * kSquare);
+      }
+      if (columns == kSquare) {
+        transpose_square(square, kSquare, place, kPlane);
+        continue;
+      }
+      transpose_square(square, kSquare, turned, kSquare);
+      for (int64_t i = 0; i < columns; ++i) {
+        memcpy(place + i * kPlane, turned + i * kSquare, kSquare * sizeof *place);
       }
     }
   }
@@ -79,18 +108,25 @@ void read_pixels(const Element* from, const ConvImages& images, int64_t count, i
 struct RowPart {
   int64_t image, row, column, pixels;  // what the picture has
   int64_t left, right;                 // zeros
+  int64_t all() const { return left + pixels + right; }
 };
+
+inline void zero_pixels(int64_t count, int64_t pixels, float* to) {
+  const int64_t padded = (count + kSquare - 1) / kSquare * kSquare;
+  for (int64_t p = 0; p < pixels; ++p) {
+    for (int64_t c = 0; c < padded; ++c) to[p * kPlane + c] = 0.0f;
+  }
+}
 
 template <class Element>
 void read_row(const ConvImages& images, const RowPart& part, int64_t channel, int64_t count,
               float* to) {
-  memset(to, 0, static_cast<size_t>(part.left * kPlane) * sizeof *to);
+  zero_pixels(count, part.left, to);
   read_pixels(static_cast<const Element*>(images.data) + part.image * images.stride_b +
                   channel * images.stride_c + part.row * images.stride_h +
                   part.column * images.stride_w,
               images, count, part.pixels, to + part.left * kPlane);
-  memset(to + (part.left + part.pixels) * kPlane, 0,
-         static_cast<size_t>(part.right * kPlane) * sizeof *to);
+  zero_pixels(count, part.right, to + (part.left + part.pixels) * kPlane);
 }
 
 inline void read_row(int dtype, const ConvImages& images, const RowPart& part, int64_t channel,
@@ -124,57 +160,70 @@ inline void pair_channels(const float* row, int64_t pixels, int64_t words, float
   }
 }
 
-// to[p] pairs the pixels step·p and its neighbour; beyond `pixels` there are zeros.
-inline void pair_pixels(const float* row, int64_t pixels, int64_t step, float* to) {
+// to[p] pairs the pixels step·p and its neighbour, of `count` channels; beyond `pixels` there are
+// zeros.
+inline void pair_pixels(const float* row, int64_t count, int64_t pixels, int64_t step, float* to) {
+  const int64_t padded = (count + kSquare - 1) / kSquare * kSquare;
   for (int64_t p = 0; p < pixels; p += step, to += kPlane) {
     const float* from = row + p * kPlane;
     if (p + 1 < pixels) {
-      for (int64_t c = 0; c < kPlane; ++c) to[c] = pair_of(from[c], from[kPlane + c]);
+      for (int64_t c = 0; c < padded; ++c) to[c] = pair_of(from[c], from[kPlane + c]);
     } else {
-      for (int64_t c = 0; c < kPlane; ++c) to[c] = pair_of(from[c], 0.0f);
+      for (int64_t c = 0; c < padded; ++c) to[c] = pair_of(from[c], 0.0f);
     }
   }
 }
 
 // Pixels without their neighbours.
-inline void single_pixels(const float* row, int64_t pixels, float* to) {
-  for (int64_t i = 0; i < pixels * kPlane; ++i) to[i] = pair_of(row[i], 0.0f);
+inline void single_pixels(const float* row, int64_t count, int64_t pixels, float* to) {
+  for (int64_t p = 0; p < pixels; ++p) {
+    for (int64_t c = 0; c < count; ++c) to[p * kPlane + c] = pair_of(row[p * kPlane + c], 0.0f);
+  }
 }
 
+// Rounds sums and biases to elements `stride` apart.
 template <class Element>
-inline void store_element(float sum, bool add, Element* to) {
-  *to = rounded<Element>(add ? to_float(*to) + sum : sum);
+inline void write_strided(const float* sums, const float* bias, bool add, int64_t count,
+                          int64_t stride, Element* to) {
+  if (stride == 1 && !add) {
+    for (int64_t i = 0; i < count; ++i) to[i] = rounded<Element>(sums[i] + bias[i]);
+    return;
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    Element& element = to[i * stride];
+    const float sum = sums[i] + bias[i];
+    element = rounded<Element>(add ? to_float(element) + sum : sum);
+  }
 }
 
-// Writes `pixels` pixels of `count` ≤ kPlane channels: the sums [pixel][kPlane] and the bias.
+// Writes `pixels` pixels of `count` channels: the sums [pixel][kPlane] and the bias.
 template <class Element>
 void write_pixels(const float* sums, const float* bias, const ConvImages& images, int64_t count,
                   int64_t pixels, bool add, Element* to) {
   if (images.stride_c == 1) {
     for (int64_t p = 0; p < pixels; ++p) {
-      for (int64_t c = 0; c < count; ++c) {
-        store_element(sums[p * kPlane + c] + bias[c], add, to + p * images.stride_w + c);
-      }
+      write_strided(sums + p * kPlane, bias, add, count, 1, to + p * images.stride_w);
     }
     return;
   }
-  const int64_t square = images.stride_w == 1 ? pixels / 4 * 4 : 0;
-  for (int64_t c = 0; c < count; c += 4) {
-    const int64_t channels = count - c < 4 ? count - c : 4;
-    int64_t p = 0;
-    for (; p < square; p += 4) {
-      Floats4 four[4];
-      for (int i = 0; i < 4; ++i) four[i] = load_four(sums + (p + i) * kPlane + c);
-      transpose(four);
-      for (int64_t i = 0; i < channels; ++i) {
-        const Floats4 sum = four[i] + bias[c + i];
-        Element* row = to + (c + i) * images.stride_c + p;
-        for (int j = 0; j < 4; ++j) store_element(sum[j], add, row + j);
+  for (int64_t c = 0; c < count; c += kSquare) {
+    const int64_t channels = part_of_square(count, c);
+    for (int64_t p = 0; p < pixels; p += kSquare) {
+      const int64_t columns = part_of_square(pixels, p);
+      float square[kSquare * kSquare] = {}, turned[kSquare * kSquare];
+      const float* from = sums + p * kPlane + c;
+      if (columns < kSquare) {
+        for (int64_t i = 0; i < columns; ++i) {
+          memcpy(square + i * kSquare, from + i * kPlane, kSquare * sizeof *from);
+        }
+        transpose_square(square, kSquare, turned, kSquare);
+      } else {
+        transpose_square(from, kPlane, turned, kSquare);
       }
-    }
-    for (; p < pixels; ++p) {
       for (int64_t i = 0; i < channels; ++i) {
-        store_element(sums[p * kPlane + c + i] + bias[c + i], add,
+        float biases[kSquare];
+        for (float& one : biases) one = bias[c + i];
+        write_strided(turned + i * kSquare, biases, add, columns, images.stride_w,
                       to + (c + i) * images.stride_c + p * images.stride_w);
       }
     }
