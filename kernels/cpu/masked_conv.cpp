@@ -20,9 +20,9 @@ namespace {
 constexpr int64_t kPixelsOfSums = 1024;
 // The same for the weight gradient, which takes planes pair by pair.
 constexpr int64_t kPixelsOfProducts = 512;
-// Words of one round of the weight gradient: 2 MiB, which the caches keep while it
-// is read again and again.
-constexpr int64_t kWordsOfRound = int64_t{1} << 19;
+// Words of one round of the weight gradient: 4 MiB, which the last-level cache keeps while every job
+// reads them.
+constexpr int64_t kWordsOfRound = int64_t{1} << 20;
 constexpr int64_t kLeastPixels = 32;
 constexpr int64_t kTasksOfWorker = 4;
 // Multiply-adds in the time in which useful_threads counts one.
@@ -245,13 +245,14 @@ void sum_all_products(const ConvKernel& kernel, const ConvProblem& problem, int 
   for (int64_t first = 0; first < blocks.count(); first += in_round) {
     round.clear();
     for (int64_t i = first; i < std::min(first + in_round, blocks.count()); ++i) {
-      const float* words = scratch.get() + workers * row + (i - first) * of_block;
+      float* const words = scratch.get() + workers * row + (i - first) * of_block;
       round.push_back({blocks[i], words, words + x_words});
     }
-    over_tasks(static_cast<int64_t>(round.size()), workers, [&](int worker, int64_t task) {
-      const ConvProducts& block = round[static_cast<size_t>(task)];
-      kernel.pack_products(problem, reach, block.block, scratch.get() + worker * row,
-                           const_cast<float*>(block.x), const_cast<float*>(block.grad));
+    over_tasks(2 * static_cast<int64_t>(round.size()), workers, [&](int worker, int64_t task) {
+      const ConvProducts& block = round[static_cast<size_t>(task / 2)];
+      float* const own = scratch.get() + worker * row;
+      if (task % 2 == 0) kernel.pack_seen(problem, reach, block.block, own, block.x);
+      if (task % 2 == 1) kernel.pack_gradients(problem, block.block, own, block.grad);
     });
     over_tasks(tasks, workers, [&](int, int64_t task) {
       sum_jobs(kernel, problem, reach, round, jobs, jobs.count() * task / tasks,

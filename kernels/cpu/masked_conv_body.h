@@ -135,9 +135,8 @@ void pack_seen(const ConvProblem& problem, const ConvReach& reach, const ConvBlo
   }
 }
 
-void pack_products(const ConvProblem& problem, const ConvReach& reach, const ConvBlock& block,
-                   float* row, float* x_words, float* grad_words) {
-  pack_seen(problem, reach, block, row, x_words);
+void pack_gradients(const ConvProblem& problem, const ConvBlock& block, float* row,
+                    float* grad_words) {
   const int64_t step = channels_at_once(problem.y), plane = plane_of_grad(block, kPerWord);
   for (int64_t channel = 0; channel < problem.O; channel += step) {
     const int64_t count = smaller(problem.O - channel, step);
@@ -214,8 +213,9 @@ void sum_gradients(const ConvProblem& problem, const ConvProducts& products, int
   }
 }
 
-constexpr ConvKernel kKernel = {kPerWord,     kPerWord,      kTilesOfPlane, pack_x,       convolve,
-                                store_pixels, pack_products, sum_products,  sum_gradients};
+constexpr ConvKernel kKernel = {kPerWord,     kPerWord,     kTilesOfPlane, pack_x,
+                                convolve,     store_pixels, pack_seen,     pack_gradients,
+                                sum_products, sum_gradients};
 
 }  // namespace
 }  // namespace fastvq

@@ -51,8 +51,8 @@ constexpr int64_t kMostRows = 64;  // of a block
 // One block and where its words lie, for `sum_products`.
 struct ConvProducts {
   ConvBlock block;
-  const float* x;
-  const float* grad;
+  float* x;
+  float* grad;
 };
 
 struct ConvKernel {
@@ -70,9 +70,11 @@ struct ConvKernel {
   void (*store)(const ConvProblem& problem, const ConvBlock& block, const float* sums,
                 const void* bias, bool add);
 
-  // The words of x and of y, the output's gradient, that `sum_products` reads.
-  void (*pack_products)(const ConvProblem& problem, const ConvReach& reach, const ConvBlock& block,
-                        float* row, float* x_words, float* grad_words);
+  // The words of x and those of y, the output's gradient, that `sum_products` reads.
+  void (*pack_seen)(const ConvProblem& problem, const ConvReach& reach, const ConvBlock& block,
+                    float* row, float* words);
+  void (*pack_gradients)(const ConvProblem& problem, const ConvBlock& block, float* row,
+                         float* words);
   // Adds one block's products to the sums of the jobs first … last - 1. Jobs
   // and sums are counted alike: [output plane][input plane][tap], then the tiles_of_plane tiles of
   // input channels, or [kPlane channels][kPlane] sums.
