@@ -18,6 +18,7 @@ from unittest import mock
 import torch
 
 from benchmarks.static.compile import Launch, MachineCode, compile_launch, record_launches
+from benchmarks.static.masked_conv2d import Product, shipped_launches
 from benchmarks.static.sass import Search
 
 # Channels at which the plain search is compiled, per compute capability: each shipped entry of its
@@ -54,6 +55,7 @@ class Case:
     launch: Launch
     search: Search | None = None
     model: Model | None = None
+    product: Product | None = None
 
     @property
     def key(self) -> tuple[str, int]:
@@ -69,12 +71,19 @@ class Examined:
     capability: int
     search: Search | None
     model: Model | None
+    product: Product | None
     code: MachineCode
 
 
 @functools.cache
 def cases() -> tuple[Case, ...]:
-    return (*_nearest_code_cases(), *_hopper_cases(), *_sums_cases(), *_row_cases())
+    return (
+        *_nearest_code_cases(),
+        *_hopper_cases(),
+        *_sums_cases(),
+        *_row_cases(),
+        *masked_conv2d_cases(),
+    )
 
 
 def _nearest_code_cases() -> Iterator[Case]:
@@ -195,6 +204,12 @@ def _row_cases() -> Iterator[Case]:
             yield Case(f"rows {name} D{channels}", 90, launch)
 
 
+def masked_conv2d_cases() -> Iterator[Case]:
+    """Masked convolutions both ways, and the gated layer's kernels."""
+    for name, capability, launch, product in shipped_launches():
+        yield Case(name, capability, on_device(launch), product=product)
+
+
 @dataclasses.dataclass(frozen=True)
 class Outcome:
     """What compiled, in the order of `cases()`, and the error of each (name, capability) that did
@@ -237,4 +252,7 @@ def _examine(key: tuple[str, int]) -> Examined | str:
         code = compile_launch(case.launch, case.capability)
     except Exception as error:  # Triton's and the assembler's have no common class
         return f"{type(error).__name__}: {error}"
-    return Examined(case.name, case.launch.name, case.capability, case.search, case.model, code)
+    return Examined(
+        *(case.name, case.launch.name, case.capability),
+        *(case.search, case.model, case.product, code),
+    )
