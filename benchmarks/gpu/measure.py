@@ -28,7 +28,11 @@ _SECONDS = 2.0
 
 def main() -> None:
     what, *size = sys.argv[1:]
-    if what in _SUITE:
+    if what == "suite":
+        suite, dtype = size
+        cases = [case for case in suites.load(suite).CASES["cuda"] if case["dtype"] == dtype]
+        write_result({"cases": [_time_case(suite, case) for case in cases]})
+    elif what in _SUITE:
         write_result({"cases": [_time_case(_SUITE[what], case) for case in _cases(what, size[0])]})
     else:
         write_result({"adversarial": adversarial, "hopper": hopper, "rates": rates}[what]())

@@ -5,9 +5,11 @@ Shapes that leave every tile ragged, rows and codes that are not finite, a mask,
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
-from fastvq import ops
+from fastvq import nn, ops
 
 
 def main() -> None:
@@ -28,8 +30,22 @@ def main() -> None:
             total.backward()
             ops.code_statistics(x, out.indices, book[-2])
     ops.residual_quantize(normal(90, 12), normal(3, 17, 12))
+    for dtype in (torch.bfloat16, torch.float32):
+        convolve(normal, dtype)
     torch.cuda.synchronize()
     print("every kernel ran")
+
+
+def convolve(normal: Callable[..., torch.Tensor], dtype: torch.dtype) -> None:
+    """A masked convolution and a gated layer, forward and backward."""
+    weight = normal(20, 18, 3, 5).to(dtype).requires_grad_()
+    x = normal(2, 18, 5, 7).to(dtype).requires_grad_()
+    ops.masked_conv2d(x, weight, mask_type="A", dilation=2, backend="triton").sum().backward()
+    layer = nn.GatedMaskedConv2d(18, 3, num_classes=3, condition_channels=5, dropout=0.5)
+    layer = layer.to("cuda", dtype)
+    labels = torch.zeros(2, dtype=torch.int64, device="cuda")
+    outputs = layer(x, x, labels, normal(2, 5, 5, 7).to(dtype))
+    (outputs[0] + outputs[1]).sum().backward()
 
 
 if __name__ == "__main__":
