@@ -29,21 +29,21 @@ _TUNING_SECONDS = 45.0
 
 def main() -> int:
     """Exit status: 0; 1 where a check was red."""
-    what, *size = sys.argv[1:]
+    what, *part = sys.argv[1:]
     if what in ("adversarial", "hopper", "rates", "tuning"):
         functions = {"adversarial": adversarial, "hopper": hopper, "rates": rates, "tuning": tuning}
         write_result(functions[what]())
         return 0
     suite = _SUITE.get(what, what)
-    cases = [_time_case(suite, case) for case in _cases(suite, *size)]
+    cases = [_time_case(suite, case) for case in _cases(suite, *part)]
     write_result({"cases": cases})
     return 1 if any("red" in case for case in cases) else 0
 
 
-def _cases(suite: str, size: str | None = None) -> list[dict[str, Any]]:
-    """The suite's cases, or those of one size; the sums have one for each skew."""
-    wanted = SIZES[size].items() if size else ()
-    return [case for case in suites.load(suite).CASES["cuda"] if set(wanted) <= set(case.items())]
+def _cases(suite: str, part: str | None = None) -> list[dict[str, Any]]:
+    """The suite's cases; of one size (the sums have one for each skew), or of one dtype."""
+    wanted = {} if part is None else SIZES.get(part, {"dtype": part})
+    return [case for case in suites.load(suite).CASES["cuda"] if wanted.items() <= case.items()]
 
 
 def _time_case(suite: str, case: dict[str, Any]) -> dict[str, Any]:

@@ -18,13 +18,33 @@ _SANITIZERS = ("compute-sanitizer", "/usr/local/cuda/bin/compute-sanitizer")
 SIZES = {f"S{number}": case for number, case in enumerate(CASES["cuda"], start=1)}
 
 
+_CONVOLUTION_TESTS = (
+    "tests/kernels/triton/test_masked_conv2d.py",
+    "tests/kernels/triton/test_gated_masked_conv.py",
+    "tests/cuda/test_masked_conv2d.py",
+)
+_CONVOLUTIONS = (
+    ("masked_conv2d", "bf16"),
+    ("gated_layer", "bfloat16"),
+    ("masked_conv2d", "float32"),
+    ("masked_conv2d", "tf32"),
+    ("gated_layer", "float32"),
+)
+
+
 def all_parts() -> list[Part]:
     """All parts; the limits are for parts that hang, not what they take."""
+    others = [f"--ignore={file}" for file in _CONVOLUTION_TESTS]
     return [
-        Part("tests", _pytest("tests/kernels/triton", "tests/cuda"), 150.0),
+        Part("tests", (*_pytest("tests/kernels/triton", "tests/cuda"), *others), 150.0),
+        Part("tests-convolutions", _pytest(*_CONVOLUTION_TESTS), 240.0),
         *(_measure(f"search-{size}", "search", size, limit=45.0) for size in SIZES),
         *(_measure(f"step-{size}", "step", size, limit=45.0) for size in SIZES),
         *(_measure(f"sums-{size}", "sums", size, limit=30.0) for size in SIZES),
+        *(
+            _measure(f"{suite}-{dtype}", suite, dtype, limit=150.0)
+            for suite, dtype in _CONVOLUTIONS
+        ),
         *(_measure(f"suite-{name}", name, limit=75.0) for name in _other_suites()),
         _measure("adversarial", "adversarial", limit=60.0),
         _sanitizer("memcheck"),
@@ -36,9 +56,9 @@ def all_parts() -> list[Part]:
 
 
 def _other_suites() -> list[str]:
-    """Those with cases for a GPU whose sizes are not parts of their own."""
-    by_size = ("nearest_code", "vector_quantize", "code_statistics")
-    return [name for name in SUITES if name not in by_size and load(name).CASES["cuda"]]
+    """Those with cases for a GPU whose sizes or dtypes are not parts of their own."""
+    divided = {"nearest_code", "vector_quantize", "code_statistics", *dict(_CONVOLUTIONS)}
+    return [name for name in SUITES if name not in divided and load(name).CASES["cuda"]]
 
 
 def _pytest(*folders: str) -> tuple[str, ...]:

@@ -5,11 +5,12 @@ Shapes that leave every tile ragged, rows and codes that are not finite, a mask,
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
-from fastvq import ops
+from fastvq import nn, ops
 from fastvq.models import PixelCNN
-from fastvq.nn import GatedMaskedConv2d
 
 
 def main(device: str = "cuda") -> None:
@@ -30,16 +31,26 @@ def main(device: str = "cuda") -> None:
             total.backward()
             ops.code_statistics(x, out.indices, book[-2])
     ops.residual_quantize(normal(90, 12), normal(3, 17, 12))
-    for kernel in (3, 5):
-        leaves = normal(2, 20, 9, 7).requires_grad_(), normal(12, 20, kernel, kernel)
-        ops.masked_conv2d(*leaves, mask_type="B").sum().backward()
-        layer = GatedMaskedConv2d(12, kernel).to(device)
-        sum(out.sum() for out in layer(normal(2, 12, 5, 7), normal(2, 12, 5, 7))).backward()
+    for dtype in (torch.bfloat16, torch.float32):
+        convolve(normal, dtype, device)
     prior = PixelCNN(13, hidden_channels=8, num_layers=3, attention_every=2).to(device).eval()
     prior.sample((3, 5), 3, seed=0)
     if device == "cuda":
         torch.cuda.synchronize()
     print("every kernel ran")
+
+
+def convolve(normal: Callable[..., torch.Tensor], dtype: torch.dtype, device: str) -> None:
+    """A masked convolution and a gated layer, forward and backward."""
+    backend = "triton" if device == "cuda" else None
+    weight = normal(20, 18, 3, 5).to(dtype).requires_grad_()
+    x = normal(2, 18, 5, 7).to(dtype).requires_grad_()
+    ops.masked_conv2d(x, weight, mask_type="A", dilation=2, backend=backend).sum().backward()
+    layer = nn.GatedMaskedConv2d(18, 3, num_classes=3, condition_channels=5, dropout=0.5)
+    layer = layer.to(device, dtype)
+    labels = torch.zeros(2, dtype=torch.int64, device=device)
+    outputs = layer(x, x, labels, normal(2, 5, 5, 7).to(dtype))
+    (outputs[0] + outputs[1]).sum().backward()
 
 
 if __name__ == "__main__":

@@ -21,7 +21,14 @@ from fastvq.nn import GatedMaskedConv2d
 
 CASES = {
     device: [
-        {"B": 16, "H": 32, "W": 32, "C": channels, "k": kernel, "dtype": dtype}
+        {
+            "B": 16 if device == "cpu" else 64,
+            "H": 32,
+            "W": 32,
+            "C": channels,
+            "k": kernel,
+            "dtype": dtype,
+        }
         for dtype in (("float32",) if device == "cpu" else ("bfloat16", "float32"))
         for kernel in (3, 5)
         for channels in (64, 128, 256)
@@ -35,6 +42,7 @@ _MOST_DIFFERENCE = {"float32": 1e-4, "bfloat16": 0.05}
 
 def prepare(case: dict[str, Any], context: Context) -> Prepared:
     torch.manual_seed(0)
+    torch.backends.cudnn.allow_tf32 = False
     dtype = getattr(torch, case["dtype"])
     layer = GatedMaskedConv2d(case["C"], case["k"]).to(context.device, dtype)
     shape = (4, case["B"], case["C"], case["H"], case["W"])
@@ -44,11 +52,15 @@ def prepare(case: dict[str, Any], context: Context) -> Prepared:
     ours = _step(layer, layer, inputs, torch.channels_last)
     prepared.candidates["fastvq"] = ours
     expected = [result.clone() for result in ours()]
-    for name, run, memory_format in (
+    rivals: list[tuple[str, Callable, torch.memory_format]] = [
         ("fastvq, contiguous", layer, torch.contiguous_format),
         ("eager padded crop", padded_crop(layer), torch.contiguous_format),
         ("eager padded crop, channels_last", padded_crop(layer), torch.channels_last),
-    ):
+    ]
+    if context.device == "cuda":
+        compiled = torch.compile(padded_crop(layer))
+        rivals.append(("compiled padded crop, channels_last", compiled, torch.channels_last))
+    for name, run, memory_format in rivals:
 
         def checked(
             run: Callable = run, memory_format: torch.memory_format = memory_format

@@ -11,7 +11,7 @@ from typing import Any
 
 import triton
 
-from benchmarks.static import hazards, regression, sass
+from benchmarks.static import hazards, masked_conv2d, regression, sass
 from benchmarks.static.predict import H200_SIZES, predict
 from benchmarks.static.shipped import Examined, Outcome, cases, examine
 
@@ -50,16 +50,23 @@ def summarise(case: Examined) -> dict[str, Any]:
         "spills": sass.count_spills(program),
         "hazards": len(hazards.find_hazards(program)) + len(hazards.find_dummies(program)),
     }
-    if case.search is None:
+    search = case.search if case.product is None else case.product.search
+    if search is None:
         return row
     loops = sass.find_main_loops(program)
-    costs = [sass.measure(loop, case.search) for loop in loops]
+    costs = [sass.measure(loop, search) for loop in loops]
     dearest = max(costs, key=lambda cost: cost.alu)
     row["matrix"] = max(sass.count(loop.body, sass.MATRIX) for loop in loops)
     row |= {
         name: getattr(dearest, name) for name in ("products", "alu", "fma", "issued", "overlap")
     }
-    row["us"] = predicted_times(case, program, loops, dearest)
+    if case.product is None:
+        row["us"] = predicted_times(case, program, loops, dearest)
+    elif (case.name, case.capability) == ("conv taps half", 90):
+        cached = any(
+            i.opcode == "LDGSTS" and "BYPASS" not in i.name for loop in loops for i in loop.body
+        )
+        row["convolution_us"] = masked_conv2d.predicted(case.product, dearest.issued, cached)
     return row
 
 
@@ -93,6 +100,11 @@ def table(rows: list[dict[str, Any]]) -> str:
             text.append(
                 f"{row['kernel']}, sm_{row['sm']}, {size}: {predicted:.0f} µs predicted on an "
                 f"H200, floor {floor:.0f} µs"
+            )
+        for size, (predicted, whole) in row.get("convolution_us", {}).items():
+            text.append(
+                f"{row['kernel']}, {size}: {predicted:.0f} µs predicted on an H200, cuDNN with a "
+                f"masked weight at best {whole:.0f} µs ({whole / predicted:.2f}×)"
             )
     return "\n".join(text)
 

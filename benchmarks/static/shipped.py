@@ -19,6 +19,7 @@ from unittest import mock
 import torch
 
 from benchmarks.static.compile import Launch, MachineCode, compile_launch, record_launches
+from benchmarks.static.masked_conv2d import Product, shipped_launches
 from benchmarks.static.sass import Search
 
 ARCHITECTURES = (80, 90, 100)
@@ -56,6 +57,7 @@ class Case:
     launch: Launch
     search: Search | None = None
     model: Model | None = None
+    product: Product | None = None
 
     @property
     def key(self) -> tuple[str, int]:
@@ -71,6 +73,7 @@ class Examined:
     capability: int
     search: Search | None
     model: Model | None
+    product: Product | None
     code: MachineCode
 
 
@@ -82,6 +85,7 @@ def cases() -> tuple[Case, ...]:
         *_sums_cases(),
         *_row_cases(),
         *_sampling_cases(),
+        *masked_conv2d_cases(),
     )
 
 
@@ -279,6 +283,12 @@ def _sampling_kind(launch: Launch) -> str:
     return "product " + next((kind for key, kind in kinds.items() if found[key]), "plain")
 
 
+def masked_conv2d_cases() -> Iterator[Case]:
+    """Masked convolutions both ways, and the gated layer's kernels."""
+    for name, capability, launch, product in shipped_launches():
+        yield Case(name, capability, on_device(launch), product=product)
+
+
 @dataclasses.dataclass(frozen=True)
 class Outcome:
     """What compiled, in the order of `cases()`, and the error of each (name, capability) that did
@@ -321,4 +331,7 @@ def _examine(key: tuple[str, int]) -> Examined | str:
         code = compile_launch(case.launch, case.capability)
     except Exception as error:  # Triton's and the assembler's have no common class
         return f"{type(error).__name__}: {error}"
-    return Examined(case.name, case.launch.name, case.capability, case.search, case.model, code)
+    return Examined(
+        *(case.name, case.launch.name, case.capability),
+        *(case.search, case.model, case.product, code),
+    )

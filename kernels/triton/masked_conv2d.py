@@ -253,8 +253,11 @@ def _sum_parts(partial: Tensor, grad_weight: Tensor) -> None:
 
 
 def tiles_for(kernel: str, x: Tensor, size: tuple[int, int, int]) -> Tiles:
-    capability = torch.cuda.get_device_capability(x.device) if x.is_cuda else None
-    return choose_tiles(kernel, arithmetic_of(x), capability, size)
+    return choose_tiles(kernel, arithmetic_of(x), _capability(x), size)
+
+
+def _capability(x: Tensor) -> tuple[int, int] | None:
+    return torch.cuda.get_device_capability(x.device) if x.is_cuda else None
 
 
 def launch_options(x: Tensor, tiles: Tiles) -> dict[str, object]:

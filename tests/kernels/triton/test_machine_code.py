@@ -29,7 +29,18 @@ LEAST_OVERLAP = {"search D8": 0.5, "search D64": 0.5, "search D256": 0.5}
 LEAST_OVERLAP_HOPPER = 0.55
 # Moves of spilled registers that a version's assembler makes outside the main loops; inside and in
 # all other kernels there are none.
-SPILLS = {"3.6.0": {("resolve D512", 80): 4, ("search D16", 100): 2, ("sum_codes D8", 90): 3}}
+SPILLS = {
+    "3.6.0": {
+        ("resolve D512", 80): 4,
+        ("search D16", 100): 2,
+        ("sum_codes D8", 90): 3,
+        ("conv gated_masked_conv_backward horizontal half", 100): 4,
+    }
+}
+# Instructions per product's result and trip of a masked convolution's main loop, all kinds: below
+# what the matrix unit takes for it, so that it need not wait. Per result and trip of 64 16-bit
+# numbers deep it takes 4 of 128 lanes' clocks on sm_90.
+MOST_ISSUED_CONVOLUTION = {("conv taps half", 90): 2.0, ("conv taps tf32", 90): 2.0}
 
 
 @pytest.fixture(scope="module")
@@ -156,14 +167,51 @@ def test_the_exact_score_rounds_each_square(programs: Programs) -> None:
         assert not opcodes & {"DFMA", "DMMA"}
 
 
-def test_sums_and_rows_are_free_of_atomics(programs: Programs) -> None:
+def test_masked_convolutions_multiply_on_the_matrix_unit(
+    examined: list[Examined], programs: Programs
+) -> None:
+    found = {}
+    for case in examined:
+        if case.product is None:
+            continue
+        key = case.name, case.capability
+        loops = sass.find_main_loops(programs[key])
+        assert len(loops) == 1, key
+        found[key] = sass.measure(loops[0], case.product.search)
+        # Neither a tap that is masked nor one that is live is multiplied twice or not at all.
+        assert found[key].products == 1, key
+        opcodes = {instruction.opcode for instruction in programs[key].instructions}
+        assert opcodes & sass.MATRIX == {MATRIX_INSTRUCTION[case.capability]}, key
+        # Operands go to shared memory past the registers, 16 bytes at a time where they can.
+        copies = [i for i in loops[0].body if i.opcode == "LDGSTS"]
+        assert copies, key
+        if "taps" in case.name:
+            assert all("128" in copy.name for copy in copies), key
+    assert len(found) >= 18
+    for key, bound in MOST_ISSUED_CONVOLUTION.items():
+        assert found[key].issued <= bound, key
+
+
+def test_every_product_of_a_gated_layer_is_on_the_matrix_unit(programs: Programs) -> None:
+    gated = {key: p for key, p in programs.items() if "gated_masked_conv" in key[0]}
+    assert len(gated) == 12
+    for (name, capability), program in gated.items():
+        loops = sass.find_main_loops(program)
+        # Of the horizontal stack: taps and link; on the way back the 1×1 after the gate as well.
+        wanted = {"vertical": 1, "horizontal": 2 + ("backward" in name)}
+        assert len(loops) == wanted[name.split()[2]], (name, capability)
+        opcodes = {instruction.opcode for instruction in program.instructions}
+        assert opcodes & sass.MATRIX == {MATRIX_INSTRUCTION[capability]}
+
+
+def test_sums_rows_and_convolutions_are_free_of_atomics(programs: Programs) -> None:
     found = {
         key: opcodes & {"ATOM", "ATOMG", "ATOMS", "RED", "REDG"}
         for key, program in programs.items()
-        if key[0].startswith(("sums", "rows"))
+        if key[0].startswith(("sums", "rows", "conv"))
         and (opcodes := {instruction.opcode for instruction in program.instructions})
     }
-    assert len(found) >= 30
+    assert len(found) >= 60
     assert not any(found.values())
 
 
@@ -194,6 +242,7 @@ def test_the_report_has_a_line_for_every_case(examined: list[Examined]) -> None:
     for case in examined:
         assert re.search(rf"^{re.escape(case.name)} +{case.capability} ", text, re.MULTILINE)
     assert "262144×16384×8: " in text
+    assert "conv taps half, 5×5, 256 channels: " in text
 
 
 def test_nothing_is_worse_than_the_committed_figures(examined: list[Examined]) -> None:
