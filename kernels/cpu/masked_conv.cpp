@@ -20,8 +20,8 @@ namespace {
 constexpr int64_t kPixelsOfSums = 1024;
 // The same for the weight gradient, which takes planes pair by pair.
 constexpr int64_t kPixelsOfProducts = 512;
-// Words of one round of the weight gradient: 4 MiB, which the last-level cache keeps while every job
-// reads them.
+// Words of one round of the weight gradient: 4 MiB, which the last-level cache keeps while every
+// job reads them.
 constexpr int64_t kWordsOfRound = int64_t{1} << 20;
 constexpr int64_t kLeastPixels = 32;
 constexpr int64_t kTasksOfWorker = 4;

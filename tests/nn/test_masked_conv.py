@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fastvq import ops
 from fastvq.nn.masked_conv import CausalConv1d, MaskedConv2d
 
 
@@ -63,3 +64,17 @@ def test_refusals(kind: type[nn.Module]) -> None:
         kind(3, 4, 4)
     with pytest.raises(ValueError, match=r"mask_type must be .A.*got 'C'"):
         kind(3, 4, 3, "C")
+
+
+def test_groups_and_ordered_channels_reach_the_op() -> None:
+    x = torch.randn(1, 6, 4, 5)
+    for options in ({"groups": 2}, {"channel_groups": 3}):
+        conv = MaskedConv2d(6, 6, 3, "A", **options)
+        expected = ops.masked_conv2d(x, conv.weight, conv.bias, mask_type="A", **options)
+        assert torch.equal(conv(x), expected)
+    line = CausalConv1d(6, 4, 3, groups=2)
+    assert line.weight.shape == (4, 3, 3)
+    expected = ops.causal_conv1d(x[:, :, 0], line.weight, line.bias, groups=2)
+    assert torch.equal(line(x[:, :, 0]), expected)
+    with pytest.raises(ValueError, match="channel_groups must divide in_channels=6"):
+        MaskedConv2d(6, 6, 3, channel_groups=4)
