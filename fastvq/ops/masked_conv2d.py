@@ -2,11 +2,12 @@
 
 Masked taps are never loaded, multiplied or given a gradient. On CPUs C++ kernels run over the live
 taps in one pass (`live_taps`); elsewhere PyTorch's convolutions run over the rectangles that the
-mask leaves (`live_rectangles`). `_on_cpp` says which it is by default.
+mask leaves (`live_rectangles`). `_faster_than_cpp` says which it is by default.
 """
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from fastvq.reference import masked_conv2d as reference
 
 from . import checks, live_rectangles, live_taps
-from .backends import choose, prefer_torch
+from .backends import CPU_EXTENSION, choose, prefer_torch
 from .registration import register
 
 MASK_TYPES = ("A", "B")
@@ -189,13 +190,27 @@ def _under_autocast(
     return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
-def _on_cpp(x: Tensor, weight: Tensor) -> str | None:
+_HAS_AVX2 = CPU_EXTENSION is not None and "avx2" in CPU_EXTENSION.isa_available()
+# With groups, the C++ kernels run one convolution after the other: below this many channels in
+# each, PyTorch was faster. Measured on a 2-core Zen 4, float32 and bfloat16, 64 and 256 channels in
+# 4 … 64 groups. Without groups the C++ kernels were faster at every shape tried, 1×1 to 7×7 and 1
+# to 512 channels, with AVX-512 and with AVX2; with 16-byte vectors they were slower.
+_LEAST_OF_GROUP = {"contiguous": 2, "channels_last": 16}
+
+
+def _faster_than_cpp(x: Tensor, weight: Tensor) -> str | None:
     """Why PyTorch's convolutions are faster than the C++ kernels here; None where they are not."""
+    if os.environ.get("FASTVQ_CPU_ISA") == "generic" or not _HAS_AVX2:
+        return "without AVX2 its kernels have 16-byte vectors"
+    channels = weight.shape[1]
+    layout = "channels_last" if x.stride(1) == 1 and not x.is_contiguous() else "contiguous"
+    if channels < x.shape[1] and channels < _LEAST_OF_GROUP[layout]:
+        return f"groups of {channels} {layout} channels are too small for its kernels"
     return None
 
 
 for _op in ("masked_conv2d", "causal_conv1d"):
-    prefer_torch(_op, "cpp", _on_cpp)
+    prefer_torch(_op, "cpp", _faster_than_cpp)
 
 
 def _empty_like(x: Tensor, channels: int) -> Tensor:

@@ -1,6 +1,7 @@
 """masked_conv2d: values, gradients, causality, whatever masked taps and future pixels hold."""
 
 import functools
+import importlib
 
 import pytest
 import torch
@@ -227,10 +228,22 @@ def test_opcheck_and_compile(backend):
     assert x.grad.abs().sum() > 0
 
 
-def test_explain_names_the_kernel_or_why_not():
+def test_explain_names_the_kernel_or_why_not(monkeypatch):
     x, weight = torch.randn(1, 64, 8, 8), torch.randn(64, 64, 3, 3)
-    text = ops.explain("masked_conv2d", x, weight)
-    assert (text.splitlines()[0] == "masked_conv2d: cpp") == BUILT
+    monkeypatch.delenv("FASTVQ_CPU_ISA", raising=False)
+    has_avx2 = BUILT and "avx2" in importlib.import_module("_fastvq_C").isa_available()
+    for op, inputs in (
+        ("masked_conv2d", (x, weight)),
+        ("causal_conv1d", (x[:, :, 0], weight[:, :, 0])),
+    ):
+        first = ops.explain(op, *inputs).splitlines()[0]
+        assert (first == f"{op}: cpp") == has_avx2
+    depthwise = ops.explain("masked_conv2d", x, weight[:, :1])
+    assert "PyTorch's own convolution" in depthwise.splitlines()[0]
+    assert ("groups of 1 contiguous channels are too small" in depthwise) == has_avx2
+    if BUILT:
+        monkeypatch.setenv("FASTVQ_CPU_ISA", "generic")
+        assert "16-byte vectors" in ops.explain("masked_conv2d", x, weight)
     wide = ops.explain("masked_conv2d", x.double(), weight.double())
     assert "PyTorch's own convolution" in wide.splitlines()[0]
 
