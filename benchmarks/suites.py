@@ -24,7 +24,6 @@ SUITES = {
     "nearest_code": "benchmarks.ops.nearest_code",
     "vector_quantize": "benchmarks.ops.vector_quantize",
     "code_statistics": "benchmarks.ops.code_statistics",
-    "masked_conv": "benchmarks.ops.masked_conv2d",
     "quantizers": "benchmarks.nn.quantizers",
     "masked_conv2d": "benchmarks.ops.masked_conv2d",
     "gated_layer": "benchmarks.nn.gated_layer",

@@ -81,7 +81,7 @@ def prepare(case: dict[str, Any], context: Context) -> Prepared:
 
 
 def _work(case: dict[str, Any]) -> Work:
-    """A step over the live taps; x, the upstream gradient and the weight in, y and gradients out."""
+    """A step over the live taps; x, its upstream and the weight in, y and gradients out."""
     pixels, channels = case["B"] * case["H"] ** 2, case["C"]
     weights = channels**2 * (case["k"] ** 2 // 2 + 1)
     size, dtype = (2, "bfloat16") if case["dtype"] == "bf16" else (4, "float32")
