@@ -13,7 +13,6 @@ them (`WrongResult` if it is wrong: no time is then reported) and names the riva
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -35,7 +34,6 @@ SUITES = {
     "search_memory": "benchmarks.scale.memory",
     "processes": "benchmarks.scale.processes",
 }
-SUITES = {name: module for name, module in SUITES.items() if importlib.util.find_spec(module)}
 
 
 class WrongResult(RuntimeError):

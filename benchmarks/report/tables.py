@@ -18,6 +18,8 @@ HEADLINES: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("statistics", "code_statistics", {"N": 16384, "K": 8192, "D": 256, "skew": 0.0}),
     ("ResidualVQ, a step", "quantizers", {"module": "ResidualVQ", "B": 4, "N": 1024}),
     ("FSQ, a step", "quantizers", {"module": "FSQ", "B": 4, "N": 1024}),
+    ("masked convolution, a step", "masked_conv2d", {"C": 64, "k": 3, "dtype": "float32"}),
+    ("masked convolution, a step", "masked_conv2d", {"C": 128, "k": 5, "dtype": "float32"}),
     ("gated PixelCNN layer, a step", "gated_layer", {"C": 64, "k": 3}),
     ("gated PixelCNN layer, a step", "gated_layer", {"C": 128, "k": 5}),
     ("sampling a prior", "sampling", {"prior": "small", "B": 1}),

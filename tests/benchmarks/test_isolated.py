@@ -47,4 +47,5 @@ def test_the_peak_is_what_a_call_holds_at_most():
     run()
     peak = memory.peak_bytes(run)
     assert peak is not None
-    assert 24 * 2**20 <= peak < 26 * 2**20
+    # Linux counts pages in batches per processor.
+    assert 23 * 2**20 < peak < 26 * 2**20

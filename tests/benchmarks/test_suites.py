@@ -53,7 +53,11 @@ def quick_run(name):
     return result
 
 
-@pytest.mark.parametrize("name", suites.SUITES)
+# Those that start several processes are in test_scale.py.
+IN_PROCESS = sorted(suites.SUITES.keys() - {"search_memory", "processes"})
+
+
+@pytest.mark.parametrize("name", IN_PROCESS)
 def test_quick_run_of_every_suite(name, capsys):
     result = quick_run(name)
     assert result["cache"] == "warm"
