@@ -42,7 +42,9 @@ def same_conv(
     """
     if causal:  # five taps, of which `CausalConv1d` keeps the centre and what lies before it
         return CausalConv1d(in_channels, out_channels, 5, "B", dilation)
-    return CONVOLUTIONS[dimensions](in_channels, out_channels, 3, padding=dilation, dilation=dilation)
+    return CONVOLUTIONS[dimensions](
+        in_channels, out_channels, 3, padding=dilation, dilation=dilation
+    )
 
 
 def pointwise(dimensions: int, in_channels: int, out_channels: int) -> nn.Module:
