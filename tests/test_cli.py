@@ -21,7 +21,10 @@ from fastvq.train.priors import PriorConfig
 from fastvq.train.run_folder import load_run
 from fastvq.train.stage1 import Stage1Config
 
-COMMANDS = ("demo", "train", "encode", "train-prior", "sample", "reconstruct", "evaluate", "info")
+COMMANDS = (
+    *("demo", "train", "encode", "train-prior", "sample", "reconstruct", "evaluate", "classify"),
+    "info",
+)
 TINY = ("--hidden-channels", "8", "--num-codes", "8", "--code-dim", "4", "--downsample", "2")
 FEW = ("--steps", "2", "--batch-size", "4", "--validation-fraction", "0.2")
 TINY_PRIOR = ("--hidden-channels", "8", "--num-layers", "2", "--set", "condition_channels=4")
