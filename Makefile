@@ -3,6 +3,7 @@
 #   make demo     train the two-level demo and write its pictures to demo-output/
 #   make test     run the tests (one part of them: make test TESTS=tests/ops)
 #   make static   the checks of the GPU kernels' machine code, with the oldest Triton supported
+#   make bench    measure beside all rivals and write the README's tables: a quarter of an hour
 #   make lint     ruff and clang-format
 #   make types    mypy
 #   make format   let ruff and clang-format rewrite the sources
@@ -24,10 +25,10 @@ CPP_SOURCES := $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h tests/kernels/*.cpp 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test static lint types format clean
+.PHONY: help demo test static bench lint types format clean
 
 help:
-	@sed -n '3,9s/^#   //p' Makefile
+	@sed -n '3,10s/^#   //p' Makefile
 
 demo: .venv/installed-demo
 	$(BIN)/fastvq demo --out demo-output
@@ -38,6 +39,9 @@ test: .venv/installed-test
 static: .venv/installed-test .venv/triton-$(OLDEST_TRITON)
 	PYTHONPATH=.venv/triton-$(OLDEST_TRITON) \
 		$(BIN)/python -m pytest tests/kernels/triton/test_machine_code.py
+
+bench: .venv/installed-bench
+	$(BIN)/python -m benchmarks.record
 
 lint: .venv/installed-lint
 	$(BIN)/ruff check .

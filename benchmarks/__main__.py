@@ -3,42 +3,54 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 import torch
 
-from .suites import SUITES, Context, run_suite
+from fastvq.cli_options import add_bench_options
+
+from .running import run_suite, waiting
+from .suites import SUITES, Context, load, parse_case, summary
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> int:
+    """Exit status: 0; 1 where a check was red; 2 for a wrong option."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description="Check fastvq and its rivals on the same inputs, then time them in turn. "
         "Records are appended to benchmarks/results/.",
     )
-    parser.add_argument("suites", nargs="*", metavar="suite", help=f"of: {', '.join(SUITES)}")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads for every library")
-    parser.add_argument("--cold", action="store_true", help="evict the caches before every run")
-    parser.add_argument("--seconds", type=float, default=4.0, help="per case, at least")
-    parser.add_argument("--quick", action="store_true", help="one small case a suite, unrecorded")
-    parser.add_argument("--no-record", action="store_true", help="print only")
-    arguments = parser.parse_args()
+    add_bench_options(parser)
+    arguments = parser.parse_args(argv)
     unknown = [name for name in arguments.suites if name not in SUITES]
     if unknown:
         parser.error(f"suite must be one of {', '.join(SUITES)}; got {unknown[0]!r}")
+    if arguments.list:
+        for name in SUITES:
+            print(f"{name:<18} {summary(name)}")
+        return 0
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU")
     torch.set_num_threads(arguments.threads)
-    seconds = 0.1 if arguments.quick else arguments.seconds
+    seconds = min(0.1, arguments.seconds) if arguments.quick else arguments.seconds
     context = Context(arguments.device, arguments.threads, arguments.cold, seconds)
+    try:
+        wanted = parse_case(arguments.case) if arguments.case else {}
+    except ValueError as error:
+        parser.error(str(error))
+    results = []
     for name in arguments.suites or SUITES:
-        run_suite(
-            name,
-            context,
-            quick=arguments.quick,
-            record=not (arguments.quick or arguments.no_record),
-        )
+        suite = load(name)
+        known = suite.QUICK_CASES if arguments.quick else suite.CASES[arguments.device]
+        cases = [case for case in known if wanted.items() <= case.items()]
+        if not cases and wanted:
+            parser.error(f"--case: {name} has no case with {wanted}; see CASES of {suite.__name__}")
+        if arguments.resume:
+            cases = waiting(name, cases, context)
+        record = not (arguments.quick or arguments.no_record)
+        results += run_suite(name, context, cases=cases, record=record)
+    return 1 if any("red" in result for result in results) else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -17,9 +18,11 @@ from fastvq.kernels import load_cpu_extension
 
 FOLDER = Path(__file__).parent / "results"
 _CHECKOUT = Path(__file__).parents[1]
+_ROOMS = ("fastvq", "kernels", "benchmarks", "tests")
+_SUFFIXES = {".py", ".json", ".cpp", ".h"}
 _PACKAGES = (
     *("torch", "triton", "numpy", "faiss-cpu", "vector-quantize-pytorch", "scikit-learn"),
-    "flash-kmeans",
+    *("flash-kmeans", "pykeops"),
 )
 
 
@@ -60,6 +63,16 @@ def source() -> dict[str, Any]:
     return {"commit": commit, "dirty": bool(changes)}
 
 
+def sources_digest(root: Path = _CHECKOUT) -> str:
+    """Digest of every source file: a commit says too little where the tree is dirty or bare."""
+    digest = hashlib.sha256()
+    for room in _ROOMS:
+        for path in sorted((root / room).rglob("*")):
+            if path.suffix in _SUFFIXES and path.is_file():
+                digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
 def append(record: dict[str, Any], folder: Path = FOLDER) -> Path:
     """Add one record to the file of its machine."""
     described = record["machine"]
@@ -71,6 +84,33 @@ def append(record: dict[str, Any], folder: Path = FOLDER) -> Path:
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps({"time": stamp, **record}) + "\n")
     return path
+
+
+def read(folder: Path = FOLDER) -> list[dict[str, Any]]:
+    """All records, oldest first in each machine's file."""
+    return [
+        json.loads(text)
+        for path in sorted(folder.glob("*.jsonl"))
+        for text in path.read_text(encoding="utf-8").splitlines()
+    ]
+
+
+def key(record: dict[str, Any]) -> str:
+    """What a later record of the same kind replaces: suite, case, threads and cache."""
+    return json.dumps([record[name] for name in ("suite", "case", "threads", "cache")])
+
+
+def latest(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of records of suites with times on the machine of the newest of them, the last of each kind.
+
+    A red record takes the times that came before it away.
+    """
+    timed = [record for record in found if "case" in record]
+    if not timed:
+        return []
+    cpu = max(timed, key=lambda record: record["time"])["machine"]["cpu"]
+    last = {key(record): record for record in timed if record["machine"]["cpu"] == cpu}
+    return [record for record in last.values() if "red" not in record]
 
 
 def _cpu_name() -> str:

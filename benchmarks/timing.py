@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import torch
 
+from .isolated import TimesItself
+
 # Between cold runs this much memory is written: more than the last-level caches of the machines
 # in use (32 MiB on the CPUs, 50 MiB of L2 on an H100 or H200).
 _CACHE_BYTES = 256 * 2**20
@@ -18,6 +20,9 @@ _HEAD_START_CYCLES = 400_000
 _REST_SECONDS = 0.01
 # A run shorter than this is timed right after another of the same, which fills the caches again.
 _SHORT_MS = 20.0
+# A run longer than this is timed this often, whatever the others need.
+_LONG_MS = 1000.0
+_LONG_RUNS = 3
 
 
 class Timing(NamedTuple):
@@ -40,13 +45,13 @@ def interleaved(
 ) -> dict[str, Timing]:
     """Times of the callables, each timed once per round after one round of warming up.
 
-    Rounds go on until `seconds` have passed, at least `least` and at most `most` of them.
+    Rounds go on until `seconds` have passed, at least `least` and at most `most` of them; a
+    callable of more than a second sits out after three.
 
     Args:
         device: "cpu" times on the wall clock; "cuda" times on the device, between events.
         cold: evict the caches before every run; otherwise a short run follows one of the same.
     """
-    once = _time_on_cuda if device == "cuda" else _time_on_cpu
     evict = _evictor(device) if cold else None
     for run in callables.values():
         run()
@@ -56,14 +61,22 @@ def interleaved(
         if done >= least and time.perf_counter() - start > seconds:
             break
         for name, run in callables.items():
+            if len(times[name]) >= _LONG_RUNS and times[name][-1] > _LONG_MS:
+                continue
             if device == "cpu":
                 time.sleep(_REST_SECONDS)
             if evict is not None:
                 evict()
             elif times[name][-1:] < [_SHORT_MS]:
                 run()
-            times[name].append(once(run))
+            times[name].append(_once(run, device, cold))
     return {name: summary(values) for name, values in times.items()}
+
+
+def quickest(candidates: dict[str, Callable[[], object]], device: str = "cpu") -> str:
+    """The name of the candidate with the least time in two runs, after one to warm up."""
+    found = interleaved(candidates, device=device, seconds=0.0, least=2)
+    return min(found, key=lambda name: found[name].p20)
 
 
 def summary(times: list[float]) -> Timing:
@@ -71,6 +84,12 @@ def summary(times: list[float]) -> Timing:
     quantiles = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
     p20, p50, p80 = torch.tensor(times, dtype=torch.float64).quantile(quantiles).tolist()
     return Timing(p20, p50, p80, len(times))
+
+
+def _once(run: Callable[[], object], device: str, cold: bool) -> float:
+    if isinstance(run, TimesItself):
+        return run.time_ms(cold)
+    return _time_on_cuda(run) if device == "cuda" else _time_on_cpu(run)
 
 
 def _time_on_cpu(run: Callable[[], object]) -> float:

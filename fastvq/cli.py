@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import json
 import os
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -187,6 +188,26 @@ def _train_prior(arguments: argparse.Namespace) -> None:
     _say_where(path, "fastvq sample draws from it")
 
 
+def _train_classifier(arguments: argparse.Namespace) -> None:
+    from fastvq.train.classifier import train_classifier
+    from fastvq.train.showing import device_of
+
+    trained = train_classifier(
+        arguments.data,
+        arguments.out,
+        split=arguments.split,
+        image_size=arguments.image_size,
+        steps=arguments.steps,
+        batch_size=arguments.batch_size,
+        seed=arguments.seed,
+        device=device_of(arguments.device),
+    )
+    print(
+        f"classifier: {trained.path} (reads {trained.accuracy:.2%} of {trained.held_out} held-out "
+        "pictures right); fastvq sample --keep-best judges by it."
+    )
+
+
 def _sample(arguments: argparse.Namespace) -> None:
     from fastvq.train.showing import (
         check_array_path,
@@ -213,6 +234,8 @@ def _sample(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
         complete=arguments.complete,
         keep=arguments.keep,
+        keep_best=arguments.keep_best,
+        classifier=arguments.classifier,
         batch_size=arguments.batch_size,
         device=arguments.device,
         progress=True,
@@ -407,6 +430,23 @@ def _info(arguments: argparse.Namespace) -> None:
     print(report())
 
 
+def _bench(arguments: argparse.Namespace) -> None:
+    checkout = Path(__file__).resolve().parents[1]
+    if not (checkout / "benchmarks" / "__main__.py").is_file():
+        raise RuntimeError(
+            "the suites must be there, and they are in the source checkout, not in an installed "
+            "wheel. Clone the repository, pip install -e '.[bench]' in it, and run this again."
+        )
+    options = []
+    for name, value in vars(arguments).items():
+        if name not in ("command", "extras", "suites") and value not in (None, False):
+            options += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+    command = [sys.executable, "-m", "benchmarks", *arguments.suites, *options]
+    status = subprocess.run(command, cwd=checkout, check=False).returncode
+    if status:
+        sys.exit(status)  # said there
+
+
 def _given(
     arguments: argparse.Namespace, config: type[Any], flags: dict[str, str]
 ) -> dict[str, Any]:
@@ -510,9 +550,11 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "train": _train,
     "encode": _encode,
     "train-prior": _train_prior,
+    "train-classifier": _train_classifier,
     "sample": _sample,
     "reconstruct": _reconstruct,
     "evaluate": _evaluate,
     "classify": _classify,
     "info": _info,
+    "bench": _bench,
 }

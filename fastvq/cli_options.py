@@ -59,11 +59,13 @@ def parser() -> argparse.ArgumentParser:
         _add_train,
         _add_encode,
         _add_train_prior,
+        _add_train_classifier,
         _add_sample,
         _add_reconstruct,
         _add_evaluate,
         _add_classify,
         _add_info,
+        _add_bench,
     ):
         add(commands)
     return root
@@ -256,6 +258,30 @@ def _add_train_prior(commands: Any) -> None:
     _add_model_options(command, PRIOR_FLAGS)
 
 
+def _add_train_classifier(commands: Any) -> None:
+    command = _command(
+        commands,
+        "train-classifier",
+        "a classifier that judges samples, for sample --keep-best",
+        "Trains a small convolutional network on labelled pictures (a minute or two), says how it\n"
+        f"reads a tenth that it has not seen, and saves it as safetensors.\n\n{_DATA}",
+        "fastvq train-classifier --data mnist --split train --out runs/digits-classifier\n"
+        "fastvq sample --run runs/digits-prior --keep-best 0.25 "
+        "--classifier runs/digits-classifier",
+    )
+    command.add_argument("--out", required=True, metavar="DIR", help="where it goes")
+    _add_data_options(command)
+    command.add_argument(
+        "--image-size",
+        type=int,
+        metavar="PIXELS",
+        help="side of the samples (default: as they are)",
+    )
+    command.add_argument("--steps", type=int, default=800, metavar="N", help="(default 800)")
+    command.add_argument("--seed", type=int, default=0, help="0 or more (default 0)")
+    _add_device_options(command, batch_size=128)
+
+
 def _add_sample(commands: Any) -> None:
     command = _command(
         commands,
@@ -300,6 +326,15 @@ def _add_sample(commands: Any) -> None:
         choices=("top-half", "bottom-half", "left-half", "right-half"),
         default="top-half",
         help="which half --complete keeps (default top-half)",
+    )
+    command.add_argument(
+        "--keep-best",
+        type=float,
+        metavar="FRACTION",
+        help="draw 1/FRACTION times as many, keep those the classifier is surest of",
+    )
+    command.add_argument(
+        "--classifier", metavar="DIR", help="judge of --keep-best, from train-classifier"
     )
     command.add_argument(
         "--out", metavar="PATH.png", help="grid (default RUN/pictures/samples-SEED.png)"
@@ -460,6 +495,53 @@ def _add_training_options(command: argparse.ArgumentParser) -> None:
         metavar="SHARE",
         help="of the data, held out (default 0.05)",
         **_absent,
+    )
+
+
+def _add_bench(commands: Any) -> None:
+    command = _command(
+        commands,
+        "bench",
+        "check and time fastvq beside its rivals; needs a source checkout",
+        "Runs the suites of benchmarks/ in the source checkout that fastvq is installed from:\n"
+        "correctness first, then fastvq and its rivals in turn on the same inputs. The same as\n"
+        "python -m benchmarks there.",
+        "fastvq bench --list\nfastvq bench nearest_code --threads 2",
+        (),
+    )
+    add_bench_options(command)
+
+
+def add_bench_options(command: argparse.ArgumentParser) -> None:
+    """The options of `fastvq bench` and `python -m benchmarks`."""
+    command.add_argument("suites", nargs="*", metavar="suite", help="names; default all")
+    command.add_argument("--list", action="store_true", help="say what each suite times")
+    command.add_argument(
+        "--case", metavar="KEY=VALUE,…", help="only the cases with these values, as N=32768,K=512"
+    )
+    command.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default cpu)")
+    command.add_argument(
+        "--threads",
+        type=int,
+        default=2,
+        metavar="N",
+        help="CPU threads of every library (default 2)",
+    )
+    command.add_argument(
+        "--cold", action="store_true", help="evict the caches before every timed run"
+    )
+    command.add_argument(
+        "--seconds",
+        type=float,
+        default=4.0,
+        help="to measure each case for, at least (default 4)",
+    )
+    command.add_argument(
+        "--quick", action="store_true", help="small cases, unrecorded: shows that all works"
+    )
+    command.add_argument("--no-record", action="store_true", help="print only")
+    command.add_argument(
+        "--resume", action="store_true", help="skip cases recorded of these sources, here"
     )
 
 

@@ -22,8 +22,8 @@ from fastvq.train.run_folder import load_run
 from fastvq.train.stage1 import Stage1Config
 
 COMMANDS = (
-    *("demo", "train", "encode", "train-prior", "sample", "reconstruct", "evaluate", "classify"),
-    "info",
+    *("demo", "train", "encode", "train-prior", "train-classifier", "sample", "reconstruct"),
+    *("evaluate", "classify", "info", "bench"),
 )
 TINY = ("--hidden-channels", "8", "--num-codes", "8", "--code-dim", "4", "--downsample", "2")
 FEW = ("--steps", "2", "--batch-size", "4", "--validation-fraction", "0.2")
@@ -364,3 +364,26 @@ def test_torchrun_trains_one_run_in_two_processes(tmp_path: Path) -> None:
     # A shard for each process, and together every picture once.
     shards = json.loads((tmp_path / "codes" / "manifest.json").read_text())["shards"]
     assert [shard["count"] for shard in shards] == [16, 16]
+
+
+def test_bench_runs_the_suites_of_the_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[list[str]] = []
+
+    def run(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
+        assert (Path(str(options["cwd"])) / "benchmarks" / "__main__.py").is_file()
+        ran.append(command[1:])
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert cli.main(["bench", "nearest_code", "--case", "K=512", "--quick", "--threads", "1"]) == 0
+    (command,) = ran
+    assert command[:3] == ["-m", "benchmarks", "nearest_code"]
+    assert {"--quick", "--case", "K=512", "--threads", "1"} <= set(command)
+    assert "--cold" not in command
+
+
+def test_bench_without_a_checkout_says_where_the_suites_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "__file__", str(tmp_path / "fastvq" / "cli.py"))
+    assert "they are in the source checkout" in refused(capsys, "bench")

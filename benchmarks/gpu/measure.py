@@ -1,4 +1,4 @@
-"""The measuring parts of a GPU run: `python -m benchmarks.gpu.measure search S1`.
+"""The measuring parts of a GPU run: `python -m benchmarks.gpu.measure search S1`, or a suite.
 
 Every number is checked before it is timed: by the suites for the sizes S1 … S5, here for the rest.
 """
@@ -14,7 +14,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from benchmarks import suites
+from benchmarks import running, suites
 from benchmarks.timing import Timing, interleaved
 from fastvq import ops
 from fastvq.reference import nearest_code as reference
@@ -23,35 +23,33 @@ from .parts import SIZES
 from .runner import write_result
 
 _SUITE = {"search": "nearest_code", "step": "vector_quantize", "sums": "code_statistics"}
-_SECONDS = 2.0
+_SECONDS = 0.5
+_TUNING_SECONDS = 45.0
 
 
-def main() -> None:
+def main() -> int:
+    """Exit status: 0; 1 where a check was red."""
     what, *size = sys.argv[1:]
-    if what in _SUITE:
-        write_result({"cases": [_time_case(_SUITE[what], case) for case in _cases(what, size[0])]})
-    else:
-        write_result({"adversarial": adversarial, "hopper": hopper, "rates": rates}[what]())
+    if what in ("adversarial", "hopper", "rates", "tuning"):
+        functions = {"adversarial": adversarial, "hopper": hopper, "rates": rates, "tuning": tuning}
+        write_result(functions[what]())
+        return 0
+    suite = _SUITE.get(what, what)
+    cases = [_time_case(suite, case) for case in _cases(suite, *size)]
+    write_result({"cases": cases})
+    return 1 if any("red" in case for case in cases) else 0
 
 
-def _cases(what: str, size: str) -> list[dict[str, Any]]:
-    """The suite's cases of one size; the sums have one for each skew."""
-    wanted = SIZES[size].items()
-    return [case for case in suites.load(_SUITE[what]).CASES["cuda"] if wanted <= case.items()]
+def _cases(suite: str, size: str | None = None) -> list[dict[str, Any]]:
+    """The suite's cases, or those of one size; the sums have one for each skew."""
+    wanted = SIZES[size].items() if size else ()
+    return [case for case in suites.load(suite).CASES["cuda"] if set(wanted) <= set(case.items())]
 
 
 def _time_case(suite: str, case: dict[str, Any]) -> dict[str, Any]:
-    context = suites.Context(device="cuda", seconds=_SECONDS)
-    prepared = suites.load(suite).prepare(case, context)
-    timings = interleaved(prepared.candidates, device="cuda", seconds=_SECONDS)
-    print(suites.table(suite, case, timings, prepared), flush=True)
-    return {
-        "case": case,
-        "unit": "ms",
-        "timings": _as_dicts(timings),
-        "notes": prepared.notes,
-        "absent": prepared.absent,
-    }
+    result = running.time_case(suite, case, suites.Context(device="cuda", seconds=_SECONDS))
+    print(running.table(result), flush=True)
+    return result
 
 
 def _as_dicts(timings: dict[str, Timing]) -> dict[str, dict[str, float]]:
@@ -133,6 +131,13 @@ def _with_hopper(value: str, x: Tensor, codebook: Tensor) -> Callable[[], Tensor
     return run
 
 
+def tuning() -> dict[str, Any]:
+    """The search's tiles one change away from the shipped, with provenance."""
+    from .tuning import tune
+
+    return tune(SIZES, _TUNING_SECONDS)
+
+
 def rates() -> dict[str, Any]:
     from .instruction_rates import measure
 
@@ -140,4 +145,4 @@ def rates() -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

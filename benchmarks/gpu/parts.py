@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.ops.nearest_code import CASES
+from benchmarks.suites import SUITES, load
 
 from .runner import Part
 
@@ -18,18 +19,26 @@ SIZES = {f"S{number}": case for number, case in enumerate(CASES["cuda"], start=1
 
 
 def all_parts() -> list[Part]:
-    """About eight minutes in all: the limits are for parts that hang, not what they take."""
+    """All parts; the limits are for parts that hang, not what they take."""
     return [
         Part("tests", _pytest("tests/kernels/triton", "tests/cuda"), 150.0),
         *(_measure(f"search-{size}", "search", size, limit=45.0) for size in SIZES),
         *(_measure(f"step-{size}", "step", size, limit=45.0) for size in SIZES),
         *(_measure(f"sums-{size}", "sums", size, limit=30.0) for size in SIZES),
+        *(_measure(f"suite-{name}", name, limit=75.0) for name in _other_suites()),
         _measure("adversarial", "adversarial", limit=60.0),
         _sanitizer("memcheck"),
         _sanitizer("racecheck"),
+        _measure("tuning", "tuning", limit=90.0),
         _hopper(),
         _measure("instruction-rates", "rates", limit=30.0),
     ]
+
+
+def _other_suites() -> list[str]:
+    """Those with cases for a GPU whose sizes are not parts of their own."""
+    by_size = ("nearest_code", "vector_quantize", "code_statistics")
+    return [name for name in SUITES if name not in by_size and load(name).CASES["cuda"]]
 
 
 def _pytest(*folders: str) -> tuple[str, ...]:

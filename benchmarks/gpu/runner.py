@@ -8,7 +8,6 @@ have a line for these sources and this GPU are not run again.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import signal
@@ -25,8 +24,6 @@ from benchmarks import records
 RESULT_VARIABLE = "FASTVQ_RESULT"
 SUITE = "gpu"
 _CHECKOUT = Path(__file__).parents[2]
-_ROOMS = ("fastvq", "kernels", "benchmarks", "tests")
-_SUFFIXES = {".py", ".json", ".cpp", ".h"}
 # Below this a part is not started: importing torch and compiling take that long.
 LEAST_SECONDS = 15.0
 _TAIL = 4000
@@ -126,18 +123,8 @@ def _describe() -> dict[str, Any]:
         "machine": records.machine("cuda"),
         "versions": records.versions(),
         **records.source(),
-        "sources": sources_digest(),
+        "sources": records.sources_digest(),
     }
-
-
-def sources_digest(root: Path = _CHECKOUT) -> str:
-    """Digest of every source file: a commit says too little where the tree is dirty or bare."""
-    digest = hashlib.sha256()
-    for room in _ROOMS:
-        for path in sorted((root / room).rglob("*")):
-            if path.suffix in _SUFFIXES and path.is_file():
-                digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:16]
 
 
 def _recorded(folder: Path, described: dict[str, Any]) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 A step is the forward pass and the backward pass to the input and the parameters, buffers updated as
 in training. Both start from one state; before a time is reported, indices, outputs, losses and the
-gradient of the input are compared.
+gradient of the input are compared, with our module in float64 and with theirs.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ import torch
 from torch import Tensor, nn
 
 import fastvq
-from benchmarks.suites import Context, Prepared
+from benchmarks.suites import Context, Prepared, Work, WrongResult
 
-# Arguments and channels of each module.
-_MODULES: dict[str, tuple[dict[str, Any], int]] = {
-    "VectorQuantize": ({"dim": 64, "codebook_size": 1024}, 64),
-    "ResidualVQ": ({"dim": 128, "codebook_size": 1024, "num_quantizers": 8}, 128),
-    "SimVQ": ({"dim": 64, "codebook_size": 1024}, 64),
-    "FSQ": ({"levels": [8, 5, 5, 5]}, 4),
-    "ResidualFSQ": ({"levels": [8, 5, 5, 3], "num_quantizers": 4}, 4),
-    "LFQ": ({"codebook_size": 1024}, 10),
-    "ResidualLFQ": ({"dim": 10, "codebook_size": 1024, "num_quantizers": 4}, 10),
+# Arguments and channels of each module, and multiply-adds per vector of its product with the codes.
+_MODULES: dict[str, tuple[dict[str, Any], int, int]] = {
+    "VectorQuantize": ({"dim": 64, "codebook_size": 1024}, 64, 1024 * 64),
+    "ResidualVQ": ({"dim": 128, "codebook_size": 1024, "num_quantizers": 8}, 128, 8 * 1024 * 128),
+    "SimVQ": ({"dim": 64, "codebook_size": 1024}, 64, 1024 * 64),
+    "FSQ": ({"levels": [8, 5, 5, 5]}, 4, 0),
+    "ResidualFSQ": ({"levels": [8, 5, 5, 3], "num_quantizers": 4}, 4, 0),
+    "LFQ": ({"codebook_size": 1024}, 10, 0),
+    "ResidualLFQ": ({"dim": 10, "codebook_size": 1024, "num_quantizers": 4}, 10, 0),
 }
 CASES = {
     device: [
@@ -42,17 +42,19 @@ _MOST_MISSES = 0.01
 
 
 def prepare(case: dict[str, Any], context: Context) -> Prepared:
-    arguments, channels = _MODULES[case["module"]]
+    arguments, channels, products = _MODULES[case["module"]]
     generator = torch.Generator().manual_seed(1)
     shape = (case["B"], case["N"], channels)
     x = (0.5 * torch.randn(shape, generator=generator)).to(context.device).requires_grad_()
     upstream = torch.randn(shape, generator=generator).to(context.device)
     torch.manual_seed(0)
     ours = getattr(fastvq, case["module"])(**arguments).to(context.device).train()
-    prepared = Prepared()
+    # x and the upstream gradient in, the quantized vectors and the gradient out.
+    prepared = Prepared(Work(2.0 * products * shape[0] * shape[1], 16.0 * x.numel()))
     name = f"fastvq.{case['module']}"
     prepared.candidates[name] = _step(ours, x, upstream)
     first = _step(copy.deepcopy(ours), x, upstream)()
+    _check(first, ours, x, upstream)
 
     def rival() -> Callable[[], object]:
         import vector_quantize_pytorch
@@ -68,6 +70,18 @@ def prepare(case: dict[str, Any], context: Context) -> Prepared:
 
     prepared.rival("vector-quantize-pytorch", rival)
     return prepared
+
+
+def _check(first: tuple[Tensor, ...], ours: nn.Module, x: Tensor, upstream: Tensor) -> None:
+    """Our step equals that of the same module in float64, which plain PyTorch computes."""
+    rows = x.detach().double().requires_grad_()
+    exact = _step(copy.deepcopy(ours).double(), rows, upstream.double())()
+    rounded = (one.float() if one.is_floating_point() else one for one in exact)
+    try:
+        _misses(first, tuple(rounded))
+    except (AssertionError, RuntimeError) as error:
+        line = str(error).splitlines()[0]
+        raise WrongResult(f"{type(ours).__name__}: {line}: no time is reported") from error
 
 
 def _step(module: nn.Module, x: Tensor, upstream: Tensor) -> Callable[[], tuple[Tensor, ...]]:

@@ -1,4 +1,4 @@
-"""Rows per code and their sums: fastvq against the usual ways to add rows up."""
+"""Rows per code and their sums, against the usual ways to add rows up."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmarks.ops.nearest_code import CASES as SEARCHES
 from benchmarks.ops.nearest_code import inputs
-from benchmarks.suites import Context, Prepared
+from benchmarks.suites import Context, Prepared, Work, WrongResult
 from fastvq import ops
 from fastvq.reference import code_statistics as reference
 
@@ -20,47 +20,66 @@ CASES = {
     device: [{**case, "skew": skew} for case in cases for skew in (0.0, 0.5)]
     for device, cases in SEARCHES.items()
 }
-QUICK_CASES = [{"N": 512, "K": 64, "D": 16, "skew": 0.5}]
+QUICK_CASES = [{"N": 4096, "K": 512, "D": 64, "skew": 0.5}]
 
 
 def prepare(case: dict[str, Any], context: Context) -> Prepared:
-    x, codebook = inputs(case, context.device)
+    x, _ = inputs(case, context.device)
+    count = case["K"]
     generator = torch.Generator().manual_seed(1)
-    indices = torch.randint(case["K"], (case["N"],), generator=generator).to(context.device)
+    indices = torch.randint(count, (case["N"],), generator=generator).to(context.device)
     indices[: int(case["skew"] * case["N"])] = 0
-    exact = reference.code_statistics(x, indices, case["K"])
-    prepared = Prepared()
-    ours = ops.code_statistics(x, indices, case["K"])
+    exact = reference.code_statistics(x, indices, count)
+    ours = ops.code_statistics(x, indices, count)
     # Both sum in float64 and round once; only the CPU kernel adds in the reference's order.
     tolerance = {"rtol": 0.0, "atol": 0.0} if context.device == "cpu" else {"rtol": 2.0**-23}
     for a, b in zip(ours, exact):
         try:
             torch.testing.assert_close(a, b, **{"atol": 1e-9, **tolerance})
         except AssertionError as error:
-            raise RuntimeError(
+            raise WrongResult(
                 f"fastvq's sums differ from the reference at {case}: no time is reported"
             ) from error
-    prepared.candidates["fastvq"] = lambda: ops.code_statistics(x, indices, case["K"])
-    for name, sums in {"index_add_": _index_add, "one-hot matrix product": _one_hot}.items():
-
-        def checked(sums: Callable = sums) -> Callable[[], object]:
-            if sums is _one_hot and case["N"] * case["K"] > 2**30:
-                raise MemoryError("the one-hot matrix would have more than 2³⁰ elements")
-            got = sums(x, indices, codebook)
-            torch.testing.assert_close(got[0], exact[0])
-            torch.testing.assert_close(got[1], exact[1], rtol=1e-3, atol=0.1)
-            return lambda: sums(x, indices, codebook)
-
-        prepared.rival(name, checked)
+    prepared = Prepared(work(case))
+    prepared.candidates["fastvq"] = lambda: ops.code_statistics(x, indices, count)
+    prepared.notes["fastvq"] = "sums in float64"
+    ways = {"index_add_": index_add, "one-hot matrix product": _one_hot}
+    for name, sums in ways.items():
+        prepared.rival(name, lambda sums=sums: _checked(sums, x, indices, exact))
+    prepared.rival(
+        "index_add_, compiled",
+        lambda: _checked(torch.compile(index_add, dynamic=False), x, indices, exact),
+    )
     return prepared
 
 
-def _index_add(x: Tensor, indices: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
-    counts = torch.zeros(len(codebook), device=x.device)
+def work(case: dict[str, Any]) -> Work:
+    """One addition per element; rows and indices in, counts and sums out."""
+    n, k, d = case["N"], case["K"], case["D"]
+    return Work(1.0 * n * d, 4.0 * n * d + 8.0 * n + 4.0 * k * (d + 1))
+
+
+def _checked(
+    sums: Callable[..., tuple[Tensor, Tensor]],
+    x: Tensor,
+    indices: Tensor,
+    exact: tuple[Tensor, Tensor],
+) -> Callable[[], object]:
+    if sums is _one_hot and len(x) * len(exact[0]) > 2**30:
+        raise MemoryError("the one-hot matrix would have more than 2³⁰ elements")
+    got = sums(x, indices, len(exact[0]))
+    torch.testing.assert_close(got[0], exact[0])
+    torch.testing.assert_close(got[1], exact[1], rtol=1e-3, atol=0.1)
+    return lambda: sums(x, indices, len(exact[0]))
+
+
+def index_add(x: Tensor, indices: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
+    counts = torch.zeros(num_codes, device=x.device)
     counts.index_add_(0, indices, torch.ones_like(indices, dtype=torch.float32))
-    return counts, torch.zeros_like(codebook).index_add_(0, indices, x)
+    sums = torch.zeros(num_codes, x.shape[1], device=x.device).index_add_(0, indices, x)
+    return counts, sums
 
 
-def _one_hot(x: Tensor, indices: Tensor, codebook: Tensor) -> tuple[Tensor, Tensor]:
-    chosen = F.one_hot(indices, len(codebook)).float()
+def _one_hot(x: Tensor, indices: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
+    chosen = F.one_hot(indices, num_codes).float()
     return chosen.sum(dim=0), chosen.T @ x

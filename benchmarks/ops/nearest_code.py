@@ -1,20 +1,23 @@
-"""The search alone: fastvq against everything that finds nearest rows."""
+"""The search alone: the nearest code of every row, against everything that finds nearest rows."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.suites import Context, Prepared
+from benchmarks.isolated import Isolated, TimesItself
+from benchmarks.suites import Context, Prepared, Work, WrongResult
+from benchmarks.timing import quickest
 from fastvq import ops
 from fastvq.reference import nearest_code as reference
 
 _CPU_SIZES = (
     *((32768, 512, 64), (16384, 8192, 256), (16384, 4096, 32)),
-    *((65536, 1024, 8), (32768, 16384, 8)),
+    *((65536, 1024, 8), (32768, 16384, 8), (64, 64, 16)),
 )
 _CUDA_SIZES = (
     *((131072, 512, 64), (131072, 8192, 256), (1048576, 1024, 8)),
@@ -24,33 +27,29 @@ CASES = {
     "cpu": [{"N": n, "K": k, "D": d} for n, k, d in _CPU_SIZES],
     "cuda": [{"N": n, "K": k, "D": d} for n, k, d in _CUDA_SIZES],
 }
-QUICK_CASES = [{"N": 512, "K": 64, "D": 16}]
+QUICK_CASES = [{"N": 4096, "K": 512, "D": 64}]
 
 # A rival's index may differ where two codes are nearly as near; more than this is another function.
 _MOST_MISSES = 0.05
+# Rows per block of the search in blocks, of which the quickest on the case is taken.
+_BLOCKS = (1024, 4096, 16384)
 
 
 def prepare(case: dict[str, Any], context: Context) -> Prepared:
     x, codebook = inputs(case, context.device)
     exact = reference.nearest_code(x, codebook)[0]
-    prepared = Prepared()
-    ours = ops.nearest_code(x, codebook)
-    if not torch.equal(ours, exact):
-        raise RuntimeError(f"fastvq's index is not exact at {case}: no time is reported")
+    if not torch.equal(ops.nearest_code(x, codebook), exact):
+        raise WrongResult(f"fastvq's index is not exact at {case}: no time is reported")
+    prepared = Prepared(work(case, context.device))
     prepared.candidates["fastvq"] = lambda: ops.nearest_code(x, codebook)
     prepared.notes["fastvq"] = "exact"
-
     for name, make in _rivals(context).items():
-
-        def checked(name: str = name, make: Callable = make) -> Callable[[], object]:
-            run = make(x, codebook)
-            misses = int((_as_indices(run()).to(exact.device) != exact).sum())
-            if misses > _MOST_MISSES * len(x):
-                raise RuntimeError(f"{misses} of {len(x)} rows differ from the exact index")
-            prepared.notes[name] = "exact" if misses == 0 else f"{misses} rows not exact"
-            return run
-
-        prepared.rival(name, checked)
+        prepared.rival(
+            name,
+            lambda name=name, make=make: checked(prepared, name, make(x, codebook), exact),
+        )
+    if context.device == "cpu":
+        prepared.absent["flash-kmeans"] = "its kernels are for CUDA devices only"
     return prepared
 
 
@@ -62,89 +61,112 @@ def inputs(case: dict[str, Any], device: str) -> tuple[Tensor, Tensor]:
     return x.to(device), codebook.to(device)
 
 
-def _rivals(context: Context) -> dict[str, Callable[[Tensor, Tensor], Callable[[], object]]]:
-    shared = {
-        "torch.cdist + argmin": _cdist,
-        "torch.cdist + argmin, compiled": _cdist_compiled,
-        "vector-quantize-pytorch, eval": _lucidrains,
-    }
-    if context.device == "cuda":
-        return {**shared, "flash-kmeans": _flash_kmeans, "flash-kmeans, fp16": _flash_kmeans_fp16}
-    return {
-        "FAISS IndexFlatL2": lambda x, codebook: _faiss(x, codebook, context.threads),
-        **shared,
-        "scikit-learn argmin": lambda x, codebook: _sklearn(x, codebook, context.threads),
-    }
+def work(case: dict[str, Any], device: str) -> Work:
+    """One product of rows and codes; rows and codes in, indices out."""
+    n, k, d = case["N"], case["K"], case["D"]
+    dtype = "float16" if device == "cuda" else "float32"
+    return Work(2.0 * n * k * d, 4.0 * (n * d + k * d) + 8.0 * n, dtype)
+
+
+def fits(x: Tensor, codebook: Tensor, matrices: int) -> None:
+    """Raises where `matrices` float32 N×K matrices would take more than half of the memory."""
+    needed = 4 * matrices * len(x) * len(codebook)
+    if x.device.type == "cuda":
+        memory = torch.cuda.get_device_properties(0).total_memory
+    else:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory / 2:
+        raise MemoryError(f"N×K matrices of {needed / 2**30:.1f} GiB")
+
+
+def checked(
+    prepared: Prepared, name: str, run: Callable[[], Any], exact: Tensor
+) -> Callable[[], object]:
+    """The rival, with the number of its rows that are not the exact ones noted."""
+    result = run.result() if isinstance(run, TimesItself) else run()
+    misses = int((_as_indices(result).to(exact.device) != exact).sum())
+    if misses > _MOST_MISSES * len(exact):
+        raise RuntimeError(f"{misses} of {len(exact)} rows differ from the exact index")
+    note = "exact" if misses == 0 else f"{misses} rows not exact"
+    prepared.notes[name] = ", ".join(filter(None, [prepared.notes.get(name), note]))
+    return run
 
 
 def _as_indices(result: Any) -> Tensor:
-    """FAISS gives (distances, indices), a module (quantized, indices, loss), others indices."""
+    """A module gives (quantized, indices, loss), the others indices."""
     if isinstance(result, tuple):
         result = result[1]
     return torch.as_tensor(result).reshape(-1).long()
 
 
-def _faiss(x: Tensor, codebook: Tensor, threads: int) -> Callable[[], object]:
-    import faiss
+def _rivals(context: Context) -> dict[str, Callable[[Tensor, Tensor], Callable[[], object]]]:
+    shared = {
+        "torch.cdist + argmin": cdist,
+        "torch.cdist + argmin, compiled": _cdist_compiled,
+        "blocks of rows, compiled": _blocks_compiled,
+        "vector-quantize-pytorch, eval": lucidrains,
+    }
+    if context.device == "cuda":
+        return {**shared, "flash-kmeans": _flash_kmeans, "flash-kmeans, fp16": _flash_kmeans_fp16}
+    alone = {
+        "FAISS IndexFlatL2": "faiss",
+        "scikit-learn argmin": "scikit_learn",
+        "PyKeOps argmin": "keops",
+    }
+    return {**shared, **{name: _isolated(rival, context.threads) for name, rival in alone.items()}}
 
-    faiss.omp_set_num_threads(threads)
-    index = faiss.IndexFlatL2(x.shape[1])
-    index.add(codebook.numpy())
-    rows = x.numpy()
-    return lambda: index.search(rows, 1)
+
+def _isolated(rival: str, threads: int) -> Callable[[Tensor, Tensor], Callable[[], object]]:
+    return lambda x, codebook: Isolated(
+        f"benchmarks.rivals.search:{rival}",
+        {"x": x.numpy(), "codebook": codebook.numpy()},
+        threads,
+    )
 
 
 def _search_by_cdist(x: Tensor, codebook: Tensor) -> Tensor:
     return torch.cdist(x, codebook).argmin(dim=1)
 
 
-def _fits(x: Tensor, codebook: Tensor, matrices: int) -> None:
-    """Raises where `matrices` float32 N×K matrices would take more than half of the memory."""
-    needed = 4 * matrices * len(x) * len(codebook)
-    if x.device.type == "cuda":
-        memory = torch.cuda.get_device_properties(0).total_memory
-    else:
-        import os
-
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > memory / 2:
-        raise MemoryError(f"N×K matrices of {needed / 2**30:.1f} GiB")
-
-
-def _cdist(x: Tensor, codebook: Tensor) -> Callable[[], object]:
-    _fits(x, codebook, 2)
+def cdist(x: Tensor, codebook: Tensor) -> Callable[[], object]:
+    fits(x, codebook, 2)
     return lambda: _search_by_cdist(x, codebook)
 
 
 def _cdist_compiled(x: Tensor, codebook: Tensor) -> Callable[[], object]:
-    _fits(x, codebook, 2)
+    fits(x, codebook, 2)
     compiled = torch.compile(_search_by_cdist, dynamic=False)
     return lambda: compiled(x, codebook)
 
 
-def _lucidrains(x: Tensor, codebook: Tensor) -> Callable[[], object]:
+def _search_block(rows: Tensor, codes: Tensor, half_norms: Tensor) -> Tensor:
+    return torch.addmm(half_norms, rows, codes, alpha=-1).argmin(dim=1)
+
+
+def _blocks_compiled(x: Tensor, codebook: Tensor) -> Callable[[], object]:
+    """½‖c‖² − x·c over blocks of rows that stay in the cache: written first by who knows."""
+
+    def search(block: Callable[..., Tensor], rows: int) -> Tensor:
+        codes, half_norms = codebook.T, 0.5 * (codebook**2).sum(dim=1)
+        return torch.cat([block(part, codes, half_norms) for part in x.split(rows)])
+
+    sizes = {str(rows): rows for rows in _BLOCKS if rows <= len(x)} or {"all": len(x)}
+    runs = {name: lambda rows=rows: search(_search_block, rows) for name, rows in sizes.items()}
+    best = sizes[quickest(runs, x.device.type)]
+    compiled = torch.compile(_search_block, dynamic=False)
+    return lambda: search(compiled, best)
+
+
+def lucidrains(x: Tensor, codebook: Tensor) -> Callable[[], object]:
     from vector_quantize_pytorch import VectorQuantize
 
-    _fits(x, codebook, 4)
+    fits(x, codebook, 4)
     module = VectorQuantize(x.shape[1], len(codebook)).to(x.device).eval()
     module._codebook.embed.data.copy_(codebook)
 
     def run() -> object:
         with torch.no_grad():
             return module(x)
-
-    return run
-
-
-def _sklearn(x: Tensor, codebook: Tensor, threads: int) -> Callable[[], object]:
-    from sklearn.metrics import pairwise_distances_argmin
-    from threadpoolctl import threadpool_limits
-
-    rows, codes = x.numpy(), codebook.numpy()
-
-    def run() -> object:
-        with threadpool_limits(threads):
-            return pairwise_distances_argmin(rows, codes)
 
     return run
 

@@ -2,7 +2,7 @@
 
 `compile.py` builds a kernel ahead of time for any NVIDIA architecture, `sass.py` reads its machine
 code, `hazards.py` checks what the matrix unit has in flight, `predict.py` turns counts into times,
-`shipped.py` lists the kernels and configurations that the library ships, and
-`python -m benchmarks.static` prints the table. The bounds that these figures must meet are asserted
-in `tests/kernels/triton/test_machine_code.py`.
+`shipped.py` lists the kernels and configurations that the library ships, `regression.py` compares
+with the committed figures, and `python -m benchmarks.static` prints the table. The bounds that
+these figures must meet are asserted in `tests/kernels/triton/test_machine_code.py`.
 """

@@ -11,17 +11,19 @@ from typing import Any
 
 import triton
 
-from benchmarks.static import hazards, sass
+from benchmarks.static import hazards, regression, sass
 from benchmarks.static.predict import H200_SIZES, predict
 from benchmarks.static.shipped import Examined, Outcome, examine
 
-# Exit status when a kernel did not compile.
+# Exit status when a kernel did not compile, and when one is worse than its committed figures.
 SOME_FAILED = 3
+SOME_WORSE = 4
 COLUMNS = {
     "kernel": "kernel",
     "sm": "sm",
     "registers": "regs",
     "blocks": "blk/SM",
+    "occupancy": "warps %",
     "shared": "shared B",
     "spills": "spill",
     "hazards": "hazard",
@@ -37,11 +39,13 @@ COLUMNS = {
 def summarise(case: Examined) -> dict[str, Any]:
     """One row of the table. Of several main loops (one per warpgroup) the dearest counts."""
     program = sass.parse(case.code.sass)
+    blocks = sass.blocks_per_sm(case.code)
     row: dict[str, Any] = {
         "kernel": case.name,
         "sm": case.capability,
         "registers": case.code.registers,
-        "blocks": sass.blocks_per_sm(case.code),
+        "blocks": blocks,
+        "occupancy": 100 * blocks * case.code.warps // sass.WARPS_PER_SM,
         "shared": case.code.shared_bytes,
         "spills": sass.count_spills(program),
         "hazards": len(hazards.find_hazards(program)) + len(hazards.find_dummies(program)),
@@ -141,6 +145,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.static", description=__doc__)
     parser.add_argument("--triton", metavar="SITE", help="folder of another Triton, to compare")
     parser.add_argument("--json", action="store_true", help="print JSON instead of the table")
+    parser.add_argument("--check", action="store_true", help="compare with baseline.json")
+    parser.add_argument("--update", action="store_true", help="write this Triton's baseline.json")
     parser.add_argument("--workers", type=int, default=2, help="compilations at once")
     arguments = parser.parse_args()
     reports = [summarise_all(examine(workers=arguments.workers))]
@@ -156,6 +162,20 @@ def main() -> None:
     if failed:
         print("\n".join(["did not compile:", *failed]), file=sys.stderr)
         sys.exit(SOME_FAILED)
+    if arguments.update:
+        regression.save(triton.__version__, reports[0]["rows"])
+    if arguments.check:
+        worse = compare(reports[0])
+        print("\n".join(["worse than committed:", *worse] if worse else ["as committed"]))
+        sys.exit(SOME_WORSE if worse else 0)
+
+
+def compare(report: dict[str, Any]) -> list[str]:
+    """What is worse than the committed rows of the same Triton (a line if there are none)."""
+    committed = regression.load().get(report["triton"])
+    if committed is None:
+        return [f"nothing is committed for Triton {report['triton']}: --update"]
+    return regression.regressions(report["rows"], committed)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import functools
 import multiprocessing
 import os
 from collections.abc import Iterable, Iterator
+from typing import Any
 from unittest import mock
 
 import torch
@@ -20,6 +21,7 @@ import torch
 from benchmarks.static.compile import Launch, MachineCode, compile_launch, record_launches
 from benchmarks.static.sass import Search
 
+ARCHITECTURES = (80, 90, 100)
 # Channels at which the plain search is compiled, per compute capability: each shipped entry of its
 # tiles at least once. At the second table's, the kernels before and after it as well.
 SEARCHED = {80: (16, 128, 512), 90: (8, 64, 128, 256, 512), 100: (16, 256, 512)}
@@ -74,7 +76,13 @@ class Examined:
 
 @functools.cache
 def cases() -> tuple[Case, ...]:
-    return (*_nearest_code_cases(), *_hopper_cases(), *_sums_cases(), *_row_cases())
+    return (
+        *_nearest_code_cases(),
+        *_hopper_cases(),
+        *_sums_cases(),
+        *_row_cases(),
+        *_sampling_cases(),
+    )
 
 
 def _nearest_code_cases() -> Iterator[Case]:
@@ -136,8 +144,8 @@ def _hopper_cases() -> Iterator[Case]:
                 warp_pairs=tiling.rows // 4 * tiling.stage_codes,
             )
             model = Model(
-                # Three product terms and the norm's columns, or one term.
-                channels=width if has_norms else (width - 4) // 3,
+                # One term; or three terms and the norm's columns, then the widest power of two.
+                channels=width if has_norms else 1 << ((width - 4) // 3).bit_length() - 1,
                 rows=tiling.rows // 4,
                 group=tiling.group,
                 block_rows=hopper.CONSUMERS.value * tiling.rows,
@@ -161,7 +169,7 @@ def _sums_cases() -> Iterator[Case]:
         # The levels above the first are launches of one kernel: one stands for all.
         for launch in {_kind(launch): launch for launch in launches}.values():
             name = f"sums {' '.join(_kind(launch))} D{channels}"
-            for capability in (80, 90, 100) if "segment_sum" in name else (90,):
+            for capability in ARCHITECTURES:
                 yield Case(name, capability, launch)
 
 
@@ -192,7 +200,84 @@ def _row_cases() -> Iterator[Case]:
         for launch in launches:
             name = launch.name.removeprefix("_").removesuffix("_kernel")
             name += " rotation" if launch.keywords.get("ROTATION") else ""
-            yield Case(f"rows {name} D{channels}", 90, launch)
+            for capability in ARCHITECTURES:
+                yield Case(f"rows {name} D{channels}", capability, launch)
+
+
+def _sampling_cases() -> Iterator[Case]:
+    """The kernels of one code of a prior: one sample and many, both kinds of weights, the rules."""
+    from fastvq.sampling.draw import Filter
+    from fastvq.sampling.gpu_rows import MOST_CODES
+
+    for samples, dtype in ((1, torch.float32), (64, torch.float32), (64, torch.bfloat16)):
+        for kind, launch in _sampling_launches(samples, dtype, Filter()).items():
+            # Without a residual, a product is the one with it less a load.
+            if not kind.startswith("product") or kind == "product plain":
+                continue
+            name = f"sampling {kind} n{samples} {str(dtype).removeprefix('torch.')}"
+            for capability in (80, 90, 100) if kind in _SAMPLING_EVERYWHERE else (90,):
+                yield Case(name, capability, on_device(launch))
+    both = Filter(1.0, 100, 0.9)
+    rules = {"draw": Filter(), "draw greedy": Filter(0.0), "draw top-k and top-p": both}
+    for name, rule in rules.items():
+        launches = _sampling_launches(2, torch.float32, rule)
+        for capability in (80, 90, 100) if rule is both else (90,):
+            yield Case(f"sampling {name} K512", capability, launches["draw_code"])
+            if rule is both:
+                yield Case("sampling attention", capability, launches["attend"])
+    widest = _sampling_launches(2, torch.float32, both, MOST_CODES)["draw_code"]
+    yield Case(f"sampling draw top-k and top-p K{MOST_CODES}", 90, widest)
+
+
+# The widest product, of two accumulators, and the one that writes to two places.
+_SAMPLING_EVERYWHERE = ("product gated", "product query")
+
+
+def _sampling_launches(
+    samples: int, dtype: torch.dtype, rule: tuple[Any, ...], num_codes: int = 512
+) -> dict[str, Launch]:
+    """One launch of each kind for one code of a prior of two gated layers and attention."""
+    from fastvq.models.pixelcnn import PixelCNN
+    from fastvq.sampling import Conditioning, make_request
+    from fastvq.sampling.gpu_rows import GpuMapExecutor, one_by_one
+
+    prior = PixelCNN(num_codes, 256, 1, 5, attention_every=1)
+    temperature, top_k, top_p = rule
+    request = make_request(
+        (1, 1),
+        samples,
+        num_codes=num_codes,
+        device=torch.device("cpu"),
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        given=None,
+        seed=0,
+        first_sample=0,
+        level=0,
+        progress=False,
+        verify=False,
+    )
+    with torch.no_grad():
+        executor = GpuMapExecutor(
+            prior._plan(),
+            Conditioning(None, None),
+            request,
+            weights_dtype=dtype,
+            launcher=one_by_one,
+        )
+        with record_launches() as launches:
+            executor.draw(torch.full((samples, 1, 1), -1))
+    return {_sampling_kind(launch): launch for launch in launches}
+
+
+def _sampling_kind(launch: Launch) -> str:
+    name = launch.name.removeprefix("_").removesuffix("_kernel")
+    if name != "row_product":
+        return name
+    found = launch.keywords
+    kinds = {"GATED": "gated", "HAS_RESIDUAL": "residual", "HEAD": "query", "RECTIFIED": "head"}
+    return "product " + next((kind for key, kind in kinds.items() if found[key]), "plain")
 
 
 @dataclasses.dataclass(frozen=True)

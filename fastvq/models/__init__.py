@@ -1,5 +1,6 @@
 """Whole models: VAE, VQ-VAE, VQ-VAE-2, and PixelCNN priors over their codes."""
 
+from fastvq.models.classifier import Classifier
 from fastvq.models.hierarchical_prior import HierarchicalPrior
 from fastvq.models.pixelcnn import PixelCNN
 from fastvq.models.presets import PRESETS, preset
@@ -12,6 +13,7 @@ __all__ = [
     "VAE",
     "VQVAE",
     "VQVAE2",
+    "Classifier",
     "HierarchicalPrior",
     "PixelCNN",
     "TextVAE",

@@ -295,6 +295,7 @@ class HierarchicalPrior(Pretrained, nn.Module):
         progress: bool = False,
         shapes: Sequence[Sequence[int]] | None = None,
         first_sample: int = 0,
+        verify: bool = False,
     ) -> list[Tensor]:
         """Draw the maps of all levels, top first, each level given those drawn above it.
 
@@ -303,8 +304,8 @@ class HierarchicalPrior(Pretrained, nn.Module):
             class_labels: (n,) int64, or one int for all.
             temperature, top_k, top_p: one value, or one per level; as `PixelCNN.sample`.
             given: one map per level (known codes, −1 elsewhere) or None for a level without any.
-            seed, method, progress, first_sample: as `PixelCNN.sample`. The condition maps are
-                computed in float64 so that they, too, do not depend on the batch.
+            seed, method, progress, first_sample, verify: as `PixelCNN.sample`. The condition maps
+                are computed in float64 so that they, too, do not depend on the batch.
             shapes: (H, W) per level; None: the prior's own.
         Returns:
             One (n, H, W) int64 map per level.
@@ -339,6 +340,7 @@ class HierarchicalPrior(Pretrained, nn.Module):
                     progress=progress,
                     first_sample=first_sample,
                     level=level,
+                    verify=verify,
                 )
             )
         return codes

@@ -301,6 +301,7 @@ class PixelCNN(Pretrained, nn.Module):
         progress: bool = False,
         first_sample: int = 0,
         level: int = 0,
+        verify: bool = False,
     ) -> Tensor:
         """Draw `n` maps of codes, without dropout, whether or not the prior is in training mode.
 
@@ -326,6 +327,8 @@ class PixelCNN(Pretrained, nn.Module):
             first_sample: index of the first map in the noise: n = 8 in one call and two calls of
                 4 with first_sample 0 and 4 give the same maps.
             level: which level of a hierarchy this is, for the noise.
+            verify: prove every code by one float64 forward of each map, and draw again what is not
+                proven: the codes then rest on no stated tolerance. See `fastvq.sampling.proof`.
         Returns:
             (n, H, W) int64, on the prior's device.
         Raises:
@@ -344,6 +347,7 @@ class PixelCNN(Pretrained, nn.Module):
             first_sample=first_sample,
             level=level,
             progress=progress,
+            verify=verify,
         )
         labels = self._labels(class_labels, n)
         size = (request.height, request.width)
@@ -404,6 +408,7 @@ class PixelCNN(Pretrained, nn.Module):
             first_sample=first_sample,
             level=level,
             progress=False,
+            verify=False,
         )
         width = sampling.check_shape(stretch, 1)[0]
         request = dataclasses.replace(prefix, width=width, given=None)

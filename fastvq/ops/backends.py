@@ -21,7 +21,7 @@ BACKENDS = ("triton", "cpp", "reference")
 # The kernels that exist, by backend, with the dtypes they read.
 _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _KERNELS: dict[str, frozenset[str]] = {
-    "triton": frozenset({"nearest_code", "code_statistics"}),
+    "triton": frozenset({"nearest_code", "code_statistics", "sample_row"}),
     "cpp": frozenset({"nearest_code", "code_statistics"}),
 }
 # Ops assembled from another op's kernel and ordinary tensor arithmetic.

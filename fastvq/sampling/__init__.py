@@ -8,6 +8,7 @@ this, live in `fastvq.models`.
 
 from fastvq.sampling.loop import eval_copy, generate, working_dtype
 from fastvq.sampling.plan import PriorPlan, plan_prior
+from fastvq.sampling.rejection import draws_for, keep_best
 from fastvq.sampling.request import (
     METHODS,
     Conditioning,
@@ -29,8 +30,10 @@ __all__ = [
     "check_method",
     "check_seed",
     "check_shape",
+    "draws_for",
     "eval_copy",
     "generate",
+    "keep_best",
     "make_request",
     "plan_prior",
     "stream",

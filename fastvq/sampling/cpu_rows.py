@@ -79,8 +79,6 @@ class CpuRowExecutor:
         hidden, num_codes = head.logit_weight.shape
         self._logits = new(n, num_codes)
         self._doubtful = new(n, dtype=torch.bool)
-        first = request.first_sample
-        samples = torch.arange(first, first + n)
         self._weights = [
             self._address(tensor)
             for tensor in (
@@ -93,7 +91,7 @@ class CpuRowExecutor:
         ]
         self._outputs = [self._address(self._logits), self._address(self._doubtful)]
         self._sizes = [n, plan.embedding.shape[1], hidden, num_codes, height, width]
-        self._samples = self._address(samples)
+        self._samples = self._address(request.samples)
         self._num_layers = len(layers)
         # A range of samples for each thread, as sample_row.cpp divides them; its next column.
         blocks = max(1, min(torch.get_num_threads(), n))

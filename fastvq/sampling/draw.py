@@ -24,7 +24,7 @@ canonical one, or takes the canonical one:
   which nothing is kept, from the same δ. If the winner over the larger set leads by 2δ and is
   itself in the smaller set, it is the canonical winner, because the kept set lies between them.
 * Otherwise the draw is *doubtful*, and the caller settles it: it computes the canonical logits
-  and calls `exact_draw` on them.
+  and calls `exact_draw` on them; at once (`loop`), or when the map is there (`proof`).
 
 Hence each method's draw equals the canonical draw at every position, by induction over the
 positions (equal earlier codes give equal canonical logits), whichever draws it found doubtful.
@@ -32,8 +32,10 @@ About 2δ of all draws are doubtful, a fraction of one per map.
 
 What remains: the canonical logits themselves are float64 sums, whose order may differ between
 devices. A draw closer than that (about 1e-13) could still differ; no test will ever see one.
-And ε is a stated figure, not a proven bound for every network: whoever settles a doubtful draw
-also compares the two logits and warns where they differ by more than ε.
+And ε is a stated figure, not a proven bound: a bound for every network would have to follow the
+worst case of every sum through every layer, and would doubt nearly every draw. Whoever settles a
+doubtful draw also compares the two logits, or the map's other codes, and warns where they differ by
+more than ε. `verify` needs no ε at all: it compares every code with its canonical draw (`proof`).
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """The loop over positions: noise, an executor's logits, the draw, and the settling of doubt.
 
-What is drawn and why it does not depend on the method is explained in `draw`.
+What is drawn and why it does not depend on the method is explained in `draw`. Here, too, the
+choice of the executor; the proof of whole maps is in `proof`.
 """
 
 from __future__ import annotations
@@ -12,15 +13,17 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from fastvq.sampling import cpu_rows
+from fastvq.sampling import cpu_rows, gpu_rows
 from fastvq.sampling.cached import CachedExecutor
 from fastvq.sampling.cpu_rows import CpuRowExecutor
 from fastvq.sampling.draw import draw, exact_draw, logit_tolerance
 from fastvq.sampling.full import FullExecutor
+from fastvq.sampling.gpu_rows import GpuMapExecutor
 from fastvq.sampling.memory import check_memory
 from fastvq.sampling.noise import gumbel_noise
 from fastvq.sampling.plan import PriorPlan
 from fastvq.sampling.precision import full_float32
+from fastvq.sampling.proof import draw_and_prove, not_finite
 from fastvq.sampling.request import Conditioning, Request
 
 # Noise is made for a stretch of a row at a time: at most this many numbers (32 MiB).
@@ -83,13 +86,13 @@ class Settler:
         """
         settled = []
         for sample in doubtful.nonzero()[:, 0].split(1):
-            told = (conditioning or self._conditioning).pick(sample, torch.float64)
-            canonical = self._logits(codes[sample], told)[:, :, row, column]
+            if conditioning is None:
+                canonical = self._logits_at(codes[sample], sample, row, column)
+            else:
+                told = conditioning.pick(sample).to(torch.float64)
+                canonical = self._logits(codes[sample], told)[:, :, row, column]
             if not canonical.isfinite().all():
-                raise RuntimeError(
-                    f"sample: the model's logits at row {row}, column {column} must be finite; "
-                    "got NaN or Inf. Look for NaN in its weights or condition."
-                )
+                raise not_finite(row, column)
             error = (logits[sample] - canonical).abs().amax(dim=1, keepdim=True)
             if not (error <= logit_tolerance(canonical)).all():
                 warnings.warn(
@@ -103,8 +106,41 @@ class Settler:
         self.count += len(settled)
         return torch.cat(settled)
 
+    def pick(self, samples: Tensor) -> Settler:
+        """The same of these samples only, an index (m,)."""
+        picked = type(self)(
+            self._model, self._conditioning.pick(samples), self._request.pick(samples)
+        )
+        picked._double = self._double
+        return picked
+
+    def _logits_at(self, codes: Tensor, sample: Tensor, row: int, column: int) -> Tensor:
+        """Canonical logits (1, K) of one sample at (row, column), from what they can depend on."""
+        rows, columns = getattr(self._model, "receptive_field", (None, None))
+        if rows is None or columns is None:
+            return self.canonical_logits(codes, sample)[:, :, row, column]
+        seen = (
+            slice(max(0, row - rows), row + 1),
+            slice(max(0, column - columns), column + columns + 1),
+        )
+        logits = self.canonical_logits(codes[:, seen[0], seen[1]], sample, seen)
+        return logits[:, :, -1, column - seen[1].start]
+
+    def canonical_logits(
+        self, codes: Tensor, sample: Tensor, part: tuple[slice, slice] | None = None
+    ) -> Tensor:
+        """Canonical logits (1, K, H, W) of one sample; `sample` (1,) is its index.
+
+        With `part`, the codes are those of some rows and columns only, and the logits are the
+        canonical ones where these hold all that they depend on.
+        """
+        told = self._conditioning.pick(sample).to(torch.float64)
+        if part is not None and told.condition is not None:
+            told = Conditioning(told.class_labels, told.condition[:, :, part[0], part[1]])
+        return self._logits(codes, told)
+
     def _logits(self, codes: Tensor, told: Conditioning) -> Tensor:
-        """Canonical logits (1, K, H, W) of one sample."""
+        """Float64 logits (1, K, H, W) of one sample."""
         if self._double is None:
             self._double = eval_copy(self._model, torch.float64)
         logits: Tensor = self._double(codes.clamp(min=0), told.class_labels, told.condition)
@@ -115,10 +151,8 @@ def _noise(request: Request, start: int, count: int) -> Tensor | None:
     """(count, n, K) float64 Gumbel noise of some positions, or None where the temperature is 0."""
     if request.rule.temperature == 0:
         return None
-    first = request.first_sample
-    samples = torch.arange(first, first + request.num_samples, device=request.device)
     positions = torch.arange(start, start + count, device=request.device)
-    return gumbel_noise(request.seed, samples, request.level, positions, request.num_codes)
+    return gumbel_noise(request.seed, request.samples, request.level, positions, request.num_codes)
 
 
 def position_noise(request: Request, position: int) -> Tensor | None:
@@ -169,9 +203,10 @@ def _blank(request: Request) -> Tensor:
     return codes
 
 
-def _run_rows(executor: CpuRowExecutor, settler: Settler, request: Request, bar: Any) -> Tensor:
-    """Draw every code in raster order, a row at a time; (n, H, W) int64."""
-    codes = _blank(request)
+def _run_rows(
+    executor: CpuRowExecutor, codes: Tensor, settler: Settler, request: Request, bar: Any
+) -> None:
+    """Draw the unknown codes (n, H, W) in raster order, a row at a time, in place."""
     for row in range(request.height):
         for column, doubtful, logits in executor.draw_row(codes, row):
             noise = position_noise(request, row * request.width + column)
@@ -179,12 +214,10 @@ def _run_rows(executor: CpuRowExecutor, settler: Settler, request: Request, bar:
             codes[doubtful, row, column] = settled
         if bar is not None:
             bar.update(request.num_samples * request.width)
-    return codes
 
 
-def _run(executor: Executor, settler: Settler, request: Request, bar: Any) -> Tensor:
-    """Draw every code in raster order; (n, H, W) int64."""
-    codes = _blank(request)
+def _run(executor: Executor, codes: Tensor, settler: Settler, request: Request, bar: Any) -> None:
+    """Draw the unknown codes (n, H, W) in raster order, in place."""
     known = (codes >= 0).all(dim=0).tolist()
     noise_source = _Noise(request)
     for row in range(request.height):
@@ -203,7 +236,18 @@ def _run(executor: Executor, settler: Settler, request: Request, bar: Any) -> Te
                 here.copy_(torch.where(unknown, chosen, here))
             if bar is not None:
                 bar.update(request.num_samples)
-    return codes
+
+
+def _run_maps(executor: GpuMapExecutor, codes: Tensor, request: Request, bar: Any) -> Tensor:
+    """Draw the unknown codes (n, H, W) in place; which draws are in doubt, (n, H, W) bool."""
+    if bar is None:
+        return executor.draw(codes)
+
+    def after_row() -> None:
+        torch.cuda.current_stream(request.device).synchronize()  # the bar shows what is drawn
+        bar.update(request.num_samples * request.width)
+
+    return executor.draw(codes, after_row)
 
 
 def generate(
@@ -235,17 +279,49 @@ def generate(
     try:
         with torch.inference_mode(), full_float32(request.device):
             settler = Settler(model, conditioning, request)
-            dtype = working_dtype(next(model.parameters()))
-            told = conditioning.to(dtype)
-            if plan is None:
-                executor = FullExecutor(eval_copy(model, dtype), told)
-                codes = _run(executor, settler, request, bar)
-            elif cpu_rows.can_run(plan):
-                codes = _run_rows(CpuRowExecutor(plan, told, request), settler, request, bar)
-            else:
-                size = (request.num_samples, request.height, request.width)
-                codes = _run(CachedExecutor(plan, told, *size), settler, request, bar)
+            told = conditioning.to(working_dtype(next(model.parameters())))
+
+            def draw_maps(codes: Tensor, samples: Tensor) -> Tensor:
+                if len(samples) == request.num_samples:
+                    return _draw_maps(model, plan, told, codes, settler, request, bar)
+                return _draw_maps(
+                    model,
+                    plan,
+                    told.pick(samples),
+                    codes,
+                    settler.pick(samples),
+                    request.pick(samples),
+                    None,
+                )
+
+            codes = draw_and_prove(draw_maps, settler.canonical_logits, _blank(request), request)
     finally:
         if bar is not None:
             bar.close()
     return codes.clone()  # outside inference mode: a tensor autograd may keep
+
+
+def _draw_maps(
+    model: nn.Module,
+    plan: PriorPlan | None,
+    told: Conditioning,
+    codes: Tensor,
+    settler: Settler,
+    request: Request,
+    bar: Any,
+) -> Tensor:
+    """Draw the unknown codes (n, H, W) in place; which draws are in doubt, (n, H, W) bool."""
+    parameter = next(model.parameters())
+    if plan is None:
+        executor = FullExecutor(eval_copy(model, working_dtype(parameter)), told)
+        _run(executor, codes, settler, request, bar)
+    elif gpu_rows.can_run(plan):
+        kept = torch.bfloat16 if parameter.dtype == torch.bfloat16 else torch.float32
+        maps = GpuMapExecutor(plan, told, request, weights_dtype=kept)
+        return _run_maps(maps, codes, request, bar)
+    elif cpu_rows.can_run(plan):
+        _run_rows(CpuRowExecutor(plan, told, request), codes, settler, request, bar)
+    else:
+        size = (request.num_samples, request.height, request.width)
+        _run(CachedExecutor(plan, told, *size), codes, settler, request, bar)
+    return torch.zeros_like(codes, dtype=torch.bool)  # settled as they were drawn

@@ -39,6 +39,13 @@ def _mix(bits: Tensor) -> Tensor:
     return bits ^ _shift_right(bits, 31)
 
 
+def sample_states(seed: int, samples: Tensor, level: int) -> Tensor:
+    """The state h of `random_bits` after seed, sample and level: (n,) int64."""
+    state = _mix(torch.zeros_like(samples) + _signed((seed + 1) * _INCREMENT))
+    state = _mix(state + (samples + 1) * _INCREMENT)
+    return _mix(state + _signed((level + 1) * _INCREMENT))
+
+
 def random_bits(
     seed: int, samples: Tensor, level: int, positions: Tensor, num_codes: int
 ) -> Tensor:
@@ -58,10 +65,7 @@ def random_bits(
         (P, n, K) int64.
     """
     codes = torch.arange(num_codes, device=samples.device)
-    zero = torch.zeros_like(samples)
-    state = _mix(zero + _signed((seed + 1) * _INCREMENT))
-    state = _mix(state + (samples + 1) * _INCREMENT)
-    state = _mix(state + _signed((level + 1) * _INCREMENT))
+    state = sample_states(seed, samples, level)
     state = _mix(state + (positions[:, None] + 1) * _INCREMENT)
     return _mix(state[:, :, None] + (codes + 1) * _INCREMENT)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -27,12 +27,12 @@ class Conditioning:
     class_labels: Tensor | None
     condition: Tensor | None
 
-    def pick(self, samples: Tensor, dtype: torch.dtype) -> Conditioning:
-        """Of these samples only (an index (m,) or bool mask (n,)), the map in `dtype`."""
+    def pick(self, samples: Tensor) -> Conditioning:
+        """Of these samples only, an index (m,)."""
         labels, condition = self.class_labels, self.condition
         return Conditioning(
             None if labels is None else labels[samples],
-            None if condition is None else condition[samples].to(dtype),
+            None if condition is None else condition[samples],
         )
 
     def to(self, dtype: torch.dtype) -> Conditioning:
@@ -47,8 +47,9 @@ class Request:
 
     A sequence, of 1 of `dimensions`, is a map one row high.
 
-    Sample s of the request has index first_sample + s in the noise, and `level` says which prior
-    of a hierarchy draws. `given` (n, H, W) holds known codes, −1 elsewhere; None: all unknown.
+    `samples` (n,) int64 are the samples' indices in the noise, and `level` says which prior of a
+    hierarchy draws. `given` (n, H, W) holds known codes, −1 elsewhere; None: all unknown.
+    `verify`: each map is proven by a float64 forward.
     """
 
     dimensions: int
@@ -58,11 +59,17 @@ class Request:
     num_codes: int
     rule: Filter
     seed: int
-    first_sample: int
+    samples: Tensor
     level: int
     given: Tensor | None
     device: torch.device
     progress: bool
+    verify: bool
+
+    def pick(self, samples: Tensor) -> Request:
+        """The same of these samples only, an index (m,); what is given is up to the caller."""
+        count = len(samples)
+        return replace(self, num_samples=count, samples=self.samples[samples], given=None)
 
     @property
     def what(self) -> str:
@@ -145,6 +152,7 @@ def make_request(
     first_sample: int,
     level: int,
     progress: bool,
+    verify: bool,
 ) -> Request:
     """A checked `Request`.
 
@@ -167,11 +175,12 @@ def make_request(
         num_codes=num_codes,
         rule=_check_rule(temperature, top_k, top_p, num_codes),
         seed=check_seed(seed),
-        first_sample=first_sample,
+        samples=torch.arange(first_sample, first_sample + n, device=device),
         level=level,
         given=given,
         device=device,
         progress=progress,
+        verify=verify,
     )
 
 

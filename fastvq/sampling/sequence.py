@@ -33,6 +33,12 @@ class OneRow(nn.Module):
         super().__init__()
         self.prior = prior
 
+    @property
+    def receptive_field(self) -> tuple[int | None, int | None]:
+        """How far back a prediction sees: no rows, and the prior's steps."""
+        field: tuple[int | None, int | None] = self.prior.receptive_field  # type: ignore[assignment]
+        return field
+
     def forward(
         self, codes: Tensor, class_labels: Tensor | None, condition: Tensor | None
     ) -> Tensor:

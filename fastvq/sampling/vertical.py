@@ -1,15 +1,18 @@
 """The vertical stack of cached sampling: once per row, what the rows above say about it.
 
 When all rows above are known, the vertical stack of a row is computed whole (each layer keeps its
-last input rows in a ring), and from it everything that reaches the horizontal stack without the
-row's own codes: the link, the class bias, the condition map, the biases.
+last input rows), and from it everything that reaches the horizontal stack without the row's own
+codes: the link, the class bias, the condition map, the biases.
 
-Buffers, for n samples, C channels, W columns (depth = (kernel_size // 2)·dilation + 1 rows):
+Buffers, for n samples, C channels, W columns (depth = (kernel_size // 2)·dilation + 1 rows, one
+less where the own row is masked):
 
-* ring, per gated layer: (depth, W + 2·pad, n, C), zero-padded columns;
+* last rows, per gated layer: (depth, W + 2·pad, n, C), zero-padded columns;
 * row terms, per gated layer: (W, n, 2C), what the row adds to each column's gate.
 
-How the horizontal stack goes on from there is the executor's business (`cached`, `cpu_rows`).
+Every row takes the same operations on the same addresses, so that a CUDA graph can hold them. How
+the horizontal stack goes on from there is the executor's business (`cached`, `cpu_rows`,
+`gpu_rows`).
 """
 
 from __future__ import annotations
@@ -39,48 +42,47 @@ class _RowTerms:
             self._class_term = plan.class_bias[conditioning.class_labels]
         self._condition = conditioning.condition
 
-    def fill(self, row: int) -> None:
+    def fill(self, row: Tensor) -> None:
         """Fill the terms of a row that has no rows above."""
         self.row_term.copy_(self._plan.horizontal_bias.expand_as(self.row_term))
         for added in self._conditioning_terms(row):
             self.row_term += added
 
-    def _conditioning_terms(self, row: int) -> list[Tensor]:
+    def _conditioning_terms(self, row: Tensor) -> list[Tensor]:
         """What class and map add to the row, each broadcastable to (W, n, S)."""
         terms = []
         if self._class_term is not None:
             terms.append(self._class_term)
         if self._plan.condition_weight is not None:
             assert self._condition is not None
-            terms.append(self._condition[:, :, row].permute(2, 0, 1) @ self._plan.condition_weight)
+            here = self._condition.index_select(2, row)[:, :, 0]
+            terms.append(here.permute(2, 0, 1) @ self._plan.condition_weight)
         return terms
 
 
 class _VerticalLayer(_RowTerms):
-    """One gated layer's ring of input rows, and its step: a row."""
+    """One gated layer's last input rows, and its step: a row."""
 
     _plan: GatedLayerPlan
 
     def __init__(self, plan: GatedLayerPlan, conditioning: Conditioning, n: int, width: int):
         super().__init__(plan, conditioning, n, width)
         self._reach = plan.reach
-        channels = plan.out_weight.shape[0]
-        shape = (self._reach + 1, width + 2 * self._reach, n, channels)
-        self._ring = plan.out_weight.new_zeros(shape)
+        depth = self._reach + (plan.rows > plan.kernel_size // 2)
+        shape = (depth, width + 2 * self._reach, n, plan.out_weight.shape[0])
+        self._last_rows = plan.out_weight.new_zeros(shape)
 
-    def store(self, row: int, features: Tensor) -> None:
-        """Keep this layer's vertical input of a row, (W, n, C)."""
-        inner = slice(self._reach, self._reach + self._width)
-        self._ring[row % len(self._ring), inner] = features
+    def store(self, features: Tensor) -> None:
+        """Keep this layer's vertical input of the next row, (W, n, C), as the last one."""
+        if len(self._last_rows) > 1:
+            self._last_rows[:-1] = self._last_rows[1:].clone()
+        self._last_rows[-1, self._reach : self._reach + self._width] = features
 
-    def start_row(self, row: int) -> Tensor:
+    def start_row(self, row: Tensor) -> Tensor:
         """Vertical output of the row, (W, n, C); fills the row's terms of the horizontal stack."""
         plan = self._plan
         gathered = [
-            self._ring[
-                (row - self._reach + a * plan.dilation) % len(self._ring),
-                b * plan.dilation : b * plan.dilation + self._width,
-            ]
+            self._last_rows[a * plan.dilation, b * plan.dilation : b * plan.dilation + self._width]
             for a in range(plan.rows)
             for b in range(plan.kernel_size)
         ]
@@ -124,21 +126,23 @@ class VerticalStack:
         """Each gated layer's (W, n, 2C) terms of the row started last, written in place."""
         return [layer.row_term for layer in (*self._layers, *self._sequence_layers)]
 
-    def start_row(self, codes: Tensor, row: int) -> None:
+    def start_row(self, codes: Tensor, row: int | Tensor) -> None:
         """Fill the terms of a row; the first layer sees the rows above, later ones this row too.
 
         Args:
             codes: (n, H, W) int64, complete above the row.
+            row: 0, 1, … in turn; or the same as a tensor (1,) int64 on the codes' device.
         """
+        if isinstance(row, int):
+            row = torch.full((1,), row, device=codes.device)
         for sequence_layer in self._sequence_layers:
             sequence_layer.fill(row)
         if not self._layers:
             return
+        above = self._embedding[codes.index_select(1, (row - 1).clamp(min=0))[:, 0]]
         first = self._layers[0]
-        if row > 0:
-            above = self._embedding[codes[:, row - 1]]
-            first.store(row - 1, above.transpose(0, 1))
+        first.store(torch.where(row > 0, above, 0.0).transpose(0, 1))
         vertical = first.start_row(row)
         for layer in self._layers[1:]:
-            layer.store(row, vertical)
+            layer.store(vertical)
             vertical = layer.start_row(row)

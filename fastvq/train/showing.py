@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastvq import sampling
+from fastvq.train.classifier import judge
 from fastvq.train.completion import KnownPart, known_part
 from fastvq.train.data import ItemDataset, evaluation_batches, examples
 from fastvq.train.pictures import level_names, reconstructions, save_grid, save_reconstructions
@@ -58,6 +60,8 @@ def draw_samples(
     seed: int = 0,
     complete: str | os.PathLike[str] | None = None,
     keep: str = "top-half",
+    keep_best: float | None = None,
+    classifier: str | os.PathLike[str] | None = None,
     batch_size: int = 64,
     device: str | None = None,
     progress: bool = False,
@@ -75,6 +79,9 @@ def draw_samples(
         seed: 0 or more.
         complete: a picture file; its half `keep` ("top-half", "bottom-half", "left-half" or
             "right-half") keeps its codes, and the others are drawn. Only for a prior.
+        keep_best: draw 1 / keep_best times as many of each class, and keep those whose class the
+            classifier is surest of. Only for a class-conditional prior, with `classifier`.
+        classifier: folder of a `Classifier`, see `train_classifier`.
         batch_size: pictures drawn at a time.
         device: "cpu", "cuda", …; None: CUDA where there is one.
         progress: show a bar.
@@ -88,7 +95,7 @@ def draw_samples(
     if seed < 0:
         raise ValueError(f"sample: seed must be 0 or more; got {seed}.")
     if run.kind == "vae":
-        _refuse_prior_arguments(class_labels, temperature, top_k, top_p, complete)
+        _refuse_prior_arguments(class_labels, temperature, top_k, top_p, complete, keep_best)
         pictures = _draw_from_vae(run, count or 64, seed, batch_size, device_of(device), progress)
         return Samples(pictures, None, None)
     if run.kind != "prior":
@@ -100,6 +107,9 @@ def draw_samples(
     classes = _classes(run, prior, class_labels)
     total = count or (64 if classes is None else _PER_CLASS * len(classes))
     labels = None if classes is None else _spread(classes, total)
+    if keep_best is not None or classifier is not None:
+        labels = _to_be_judged(labels, keep_best, classifier)
+        total = len(labels)
     options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     options["seed"] = seed
     decoder: Any = run.stage1_model(device_of(device))
@@ -111,8 +121,30 @@ def draw_samples(
         known = known_part(run, decoder, complete, keep)
         options["given"] = known.given
     pictures = _draw_from_prior(prior, decoder, total, labels, options, batch_size, progress)
+    if keep_best is not None and classifier is not None and labels is not None:
+        best = sampling.keep_best(judge(classifier, pictures, device_of(device)), labels, keep_best)
+        pictures, labels = pictures[best], labels[best]
     names = None if labels is None else [_class_name(run, int(label)) for label in labels]
     return Samples(pictures, labels, names, None if known is None else known.shown, rate)
+
+
+def _to_be_judged(
+    labels: Tensor | None, fraction: float | None, classifier: str | os.PathLike[str] | None
+) -> Tensor:
+    """The labels to draw so that as many as asked for are kept of each class."""
+    if fraction is None or classifier is None:
+        raise ValueError(
+            "sample: --keep-best and --classifier must be given together; got one. "
+            "fastvq train-classifier makes a classifier from labelled pictures."
+        )
+    if labels is None:
+        raise ValueError(
+            "sample: --keep-best must be left out for a prior without classes: there is no "
+            "intended class whose probability would rank its pictures."
+        )
+    found, counts = labels.unique_consecutive(return_counts=True)
+    drawn = [sampling.draws_for(count, fraction) for count in counts.tolist()]
+    return found.repeat_interleave(torch.tensor(drawn))
 
 
 def save_samples(samples: Samples, path: str | os.PathLike[str]) -> Path:
@@ -262,8 +294,10 @@ def _refuse_prior_arguments(
     top_k: int | None,
     top_p: float | None,
     complete: str | os.PathLike[str] | None,
+    keep_best: float | None,
 ) -> None:
     given = {"class labels": class_labels, "top_k": top_k, "top_p": top_p, "complete": complete}
+    given["keep_best"] = keep_best
     named = [name for name, value in given.items() if value is not None]
     named += ["temperature"] if temperature != 1.0 else []
     if named:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import records
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import parts, runner
 
@@ -89,10 +90,10 @@ def test_the_digest_follows_the_sources(tmp_path: Path) -> None:
     source = tmp_path / "kernels" / "a.py"
     source.parent.mkdir()
     source.write_text("one")
-    before = runner.sources_digest(tmp_path)
-    assert runner.sources_digest(tmp_path) == before
+    before = records.sources_digest(tmp_path)
+    assert records.sources_digest(tmp_path) == before
     source.write_text("two")
-    assert runner.sources_digest(tmp_path) != before
+    assert records.sources_digest(tmp_path) != before
 
 
 def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:

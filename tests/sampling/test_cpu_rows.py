@@ -93,6 +93,7 @@ def _request(model: PixelCNN, shape: tuple[int, int], n: int, rule: Filter, seed
         first_sample=2,
         level=1,
         progress=False,
+        verify=False,
     )
 
 

@@ -285,3 +285,35 @@ def test_refusals_of_types() -> None:
         build_prior("plain").sample((2, 2), 1, seed=1.0)
     with pytest.raises(TypeError, match=r"given must be int64 codes.*got torch\.float32"):
         build_prior("plain").sample((2, 2), 1, given=torch.zeros(2, 2))
+
+
+@pytest.mark.parametrize("name", ["plain", "kernel 5", "dilations", "condition", "everything"])
+def test_doubt_is_settled_from_what_a_code_can_depend_on(name: str) -> None:
+    """Logits of a part of the map are those of the whole, at every position of a large map."""
+    model, shape = build_prior(name).double().eval(), (17, 19)
+    told = conditioning_of(name, N, shape)
+    conditioning = sampling.Conditioning(told.get("class_labels"), told.get("condition"))
+    codes = torch.randint(0, K, (N, *shape))
+    request = sampling.make_request(
+        shape,
+        N,
+        num_codes=K,
+        device=codes.device,
+        **draw_module.Filter()._asdict(),
+        given=None,
+        seed=0,
+        first_sample=0,
+        level=0,
+        progress=False,
+        verify=False,
+    )
+    settler = Settler(model, conditioning, request)
+    sample = torch.tensor([1])
+    with torch.no_grad():
+        whole = settler.canonical_logits(codes[sample], sample)
+        for row, column in ((0, 0), (3, 18), (16, 0), (16, 18), (9, 9)):
+            seen = codes[sample].clone()
+            seen.flatten(1)[:, row * shape[1] + column :] = -1
+            got = settler._logits_at(seen, sample, row, column)
+            # float64: sums of at most 16·36 terms in another order, through five layers
+            torch.testing.assert_close(got, whole[:, :, row, column], rtol=0, atol=1e-10)

@@ -15,7 +15,7 @@ import pytest
 pytest.importorskip("triton")
 
 from benchmarks.static import __main__ as report
-from benchmarks.static import hazards, sass
+from benchmarks.static import hazards, regression, sass
 from benchmarks.static.shipped import SEARCHED, Examined, Outcome, examine
 
 MATRIX_INSTRUCTION = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
@@ -194,6 +194,17 @@ def test_the_report_has_a_line_for_every_case(examined: list[Examined]) -> None:
     for case in examined:
         assert re.search(rf"^{re.escape(case.name)} +{case.capability} ", text, re.MULTILINE)
     assert "262144×16384×8: " in text
+
+
+def test_nothing_is_worse_than_the_committed_figures(examined: list[Examined]) -> None:
+    import triton
+
+    committed = regression.load().get(triton.__version__)
+    if committed is None:
+        pytest.skip(f"benchmarks/static/baseline.json has no rows for Triton {triton.__version__}")
+    rows = [report.summarise(case) for case in examined]
+    worse = regression.regressions(rows, committed)
+    assert worse == [], "python -m benchmarks.static --update, if this is meant"
 
 
 # What follows breaks the machine code of one Hopper kernel and of one plain kernel.

@@ -1,0 +1,1 @@
+"""Suites of whole training steps and whole generations."""

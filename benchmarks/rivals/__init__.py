@@ -1,0 +1,1 @@
+"""Rivals that run in processes of their own (`isolated.py`): nothing here imports torch."""
