@@ -408,6 +408,7 @@ class PixelCNN(Pretrained, nn.Module):
             first_sample=first_sample,
             level=level,
             progress=False,
+            verify=False,
         )
         width = sampling.check_shape(stretch, 1)[0]
         request = dataclasses.replace(prefix, width=width, given=None)

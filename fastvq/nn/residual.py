@@ -31,8 +31,8 @@ class ResidualBlock(nn.Module):
         self,
         channels: int,
         residual_channels: int,
-        *,
         dimensions: int = 2,
+        *,
         dilation: int = 1,
         causal: bool = False,
     ) -> None:
@@ -60,8 +60,8 @@ class ResidualStack(nn.Sequential):
         channels: channels of the input and the output.
         residual_channels: channels inside each block.
         num_blocks: how many blocks.
-        dilations: of the blocks, in turn.
         dimensions, causal: as `ResidualBlock`.
+        dilations: of the blocks, in turn.
     """
 
     def __init__(
@@ -69,16 +69,16 @@ class ResidualStack(nn.Sequential):
         channels: int,
         residual_channels: int,
         num_blocks: int,
+        dimensions: int = 2,
         *,
         dilations: Sequence[int] = (1,),
-        dimensions: int = 2,
         causal: bool = False,
     ) -> None:
         blocks: list[nn.Module] = [
             ResidualBlock(
                 channels,
                 residual_channels,
-                dimensions=dimensions,
+                dimensions,
                 dilation=dilations[index % len(dilations)],
                 causal=causal,
             )

@@ -32,13 +32,13 @@ MOST_CODES = 2048
 
 
 def can_run(plan: PriorPlan, *, interpreted: bool = False) -> bool:
-    """Whether the Triton kernels draw from this plan: float32 on a GPU, at most 2048 codes.
+    """Whether the Triton kernels draw from this plan: maps, float32 on a GPU, at most 2048 codes.
 
     Args:
         interpreted: Triton's interpreter will do, which runs on a CPU to check values.
     """
     weight = plan.embedding
-    if weight.dtype != torch.float32 or len(weight) > MOST_CODES:
+    if plan.dimensions != 2 or weight.dtype != torch.float32 or len(weight) > MOST_CODES:
         return False
     return why_not("triton", "sample_row", weight, by_name=interpreted) is None
 

@@ -34,6 +34,12 @@ class OneRow(nn.Module):
         self.prior = prior
         self.receptive_field = getattr(prior, "receptive_field", (None, None))
 
+    @property
+    def receptive_field(self) -> tuple[int | None, int | None]:
+        """How far back a prediction sees: no rows, and the prior's steps."""
+        field: tuple[int | None, int | None] = self.prior.receptive_field  # type: ignore[assignment]
+        return field
+
     def forward(
         self, codes: Tensor, class_labels: Tensor | None, condition: Tensor | None
     ) -> Tensor:

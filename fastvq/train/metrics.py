@@ -276,8 +276,9 @@ def _batches(
     batch_size: int,
     limit: int | None,
     only: str | None = None,
+    clip_seconds: float | None = None,
 ) -> Iterable[Any]:
-    dataset = data_like(run, data, split=split, only=only)
+    dataset = data_like(run, data, split=split, only=only, clip_seconds=clip_seconds)
     if limit is not None:
         dataset = dataset.subset(range(min(limit, len(dataset))))
     with evaluation_batches(dataset, batch_size=batch_size) as batches:
@@ -297,6 +298,8 @@ def evaluate_code_bits(
 ) -> dict[str, float]:
     """What the codes of sounds cost under a prior: −log2 p(codes), given the true class if any.
 
+    The clips are as long as those whose codes the prior was trained on.
+
     Args:
         prior_run: a run of kind "prior" over codes of sounds; its stage-1 run must still be there.
         data, split, only: as `open_source`; sounds that neither stage has seen.
@@ -311,17 +314,19 @@ def evaluate_code_bits(
     prior = cast(HierarchicalPrior, run.model(device))
     assert run.stage1 is not None
     stage1 = load_run(run.stage1)
+    rate = stage1.resolved["sample_rate"]
+    length = prior.shapes[-1][0] * model.downsample / rate
     conditional = run.resolved["model_arguments"]["num_classes"] is not None
     nats = torch.zeros(len(prior.levels), dtype=torch.float64)
     places = [0] * len(prior.levels)
     seconds, count = 0.0, 0
-    for batch in _batches(stage1, data, split, batch_size, limit, only):
+    for batch in _batches(stage1, data, split, batch_size, limit, only, length):
         codes = model.encode(examples(batch, device))
         labels = batch["label"].to(device) if conditional else None
         nats -= prior.level_log_prob(codes, labels).double().sum(dim=0).cpu()
         places = [total + level.numel() for total, level in zip(places, codes)]
         count += len(codes[0])
-        seconds += batch["sound"].numel() / stage1.resolved["sample_rate"]
+        seconds += batch["sound"].numel() / rate
     result = {"bits_per_second": nats_to_bits(float(nats.sum())) / seconds, "sounds": float(count)}
     for level, number in enumerate(places):
         result[f"level{level}_bits_per_code"] = nats_to_bits(float(nats[level])) / number

@@ -211,6 +211,7 @@ class PriorTask:
             self._write_lines(pictures / f"samples-step-{step:08d}.txt")
             return
         from fastvq.train.pictures import save_grid
+        from fastvq.train.spectrograms import save_spectrograms
 
         codes_each = sum(math.prod(shape) for shape in self.model.shapes)
         affordable = max(_DRAWN_CODES // codes_each, 1)
@@ -229,7 +230,11 @@ class PriorTask:
         )
         samples = self._stage1_model().decode_codes([code_map.cpu() for code_map in codes])
         path = pictures / f"samples-step-{step:08d}.png"
-        save_grid(samples.clamp(0.0, 1.0), path, labels=names, columns=columns)
+        rate = load_run(self.stage1["path"]).resolved.get("sample_rate")
+        if rate is None:
+            save_grid(samples.clamp(0.0, 1.0), path, labels=names, columns=columns)
+        else:
+            save_spectrograms(samples.clamp(-1.0, 1.0), rate, path, labels=names, columns=columns)
 
     def _write_lines(self, path: Path) -> None:
         codes = [level.cpu() for level in self.model.sample(8, seed=self.config.seed)]

@@ -197,7 +197,7 @@ def _network(classes: int) -> nn.Sequential:
     layers: list[nn.Module] = []
     for before, after in ((1, 16), (16, 32), (32, 64)):
         layers += [nn.Conv2d(before, after, 3, padding=1), nn.BatchNorm2d(after), nn.ReLU()]
-        layers += [nn.MaxPool2d(2)]
+        layers += [nn.MaxPool2d(2, ceil_mode=True)]
     layers += [nn.AdaptiveAvgPool2d((4, 3)), nn.Flatten(), nn.Dropout(0.3)]
     return nn.Sequential(*layers, nn.Linear(64 * 12, classes))
 

@@ -181,6 +181,7 @@ _REQUEST: dict[str, Any] = {
     "first_sample": 0,
     "level": 0,
     "progress": False,
+    "verify": False,
 }
 
 
