@@ -132,11 +132,11 @@ def spread(code_map: Tensor, shape: Sequence[int]) -> Tensor:
     Raises:
         ValueError: a side of `shape` is no multiple of the map's.
     """
-    for axis, (size, codes) in enumerate(zip(shape, code_map.shape[1:]), start=1):
+    grid = code_map.shape[1:]
+    for axis, (size, codes) in enumerate(zip(shape, grid), start=1):
         if size % codes:
             raise ValueError(
-                f"spread: shape must be multiples of {tuple(code_map.shape[1:])}; "
-                f"got {tuple(shape)}."
+                f"spread: shape must be multiples of {tuple(grid)}; got {tuple(shape)}."
             )
         code_map = code_map.repeat_interleave(size // codes, dim=axis) / (size // codes)
     return code_map
