@@ -108,11 +108,11 @@ def _train(arguments: argparse.Namespace) -> None:
         _require_options(given, "model", "data")
         config = Stage1Config(**given)
     path = train_stage1(config, resume=arguments.resume)
-    _say_where(path, "fastvq reconstruct shows what it keeps of pictures")
+    _say_where(path, "fastvq reconstruct shows what it keeps of the data")
 
 
 def _encode(arguments: argparse.Namespace) -> None:
-    from fastvq.train.codes import extract_codes
+    from fastvq.train.codes import CodeFolder, extract_codes
 
     out = arguments.out
     if out is None:
@@ -122,6 +122,9 @@ def _encode(arguments: argparse.Namespace) -> None:
         arguments.data,
         out,
         split=arguments.split,
+        only=arguments.only,
+        class_pattern=arguments.class_pattern,
+        clip_seconds=arguments.clip_seconds,
         batch_size=arguments.batch_size,
         device=arguments.device,
         workers=arguments.workers,
@@ -129,6 +132,9 @@ def _encode(arguments: argparse.Namespace) -> None:
         strict=arguments.strict,
     )
     print(f"codes: {path}")
+    broken = CodeFolder(path).manifest["source"]["broken"]
+    if broken:
+        print(f"{broken} files could not be decoded and were left out; each is named above")
 
 
 def _train_prior(arguments: argparse.Namespace) -> None:
@@ -145,7 +151,7 @@ def _train_prior(arguments: argparse.Namespace) -> None:
     else:
         config = PriorConfig(**given)
     path = train_prior(config, resume=arguments.resume)
-    _say_where(path, "fastvq sample draws new pictures from it")
+    _say_where(path, "fastvq sample draws from it")
 
 
 def _sample(arguments: argparse.Namespace) -> None:
@@ -176,14 +182,24 @@ def _sample(arguments: argparse.Namespace) -> None:
     if arguments.save_array is not None:
         print(f"array: {save_sample_array(samples, arguments.save_array)}")
     out = arguments.out or Path(arguments.run) / "pictures" / f"samples-{arguments.seed}.png"
-    print(f"samples: {save_samples(samples, out)}")
+    if samples.rate is None:
+        print(f"samples: {save_samples(samples, out)}")
+    else:
+        from fastvq.train.sound_showing import save_sound_samples
+
+        print(f"samples: {save_sound_samples(samples, out)} (spectrograms: {out})")
 
 
 def _reconstruct(arguments: argparse.Namespace) -> None:
+    from fastvq.train.run_data import is_of_sounds
+    from fastvq.train.run_folder import load_run
     from fastvq.train.showing import show_reconstructions
 
     name = f"reconstructions-{arguments.split or _stem(arguments.data)}.png"
     out = arguments.out or Path(arguments.run) / "pictures" / name
+    if is_of_sounds(load_run(arguments.run)):
+        _reconstruct_sounds(arguments, out)
+        return
     errors = show_reconstructions(
         arguments.run,
         arguments.data,
@@ -191,6 +207,7 @@ def _reconstruct(arguments: argparse.Namespace) -> None:
         count=arguments.count,
         measure=arguments.measure,
         split=arguments.split,
+        only=arguments.only,
         batch_size=arguments.batch_size,
         device=arguments.device,
         workers=arguments.workers,
@@ -219,8 +236,52 @@ def _detect(arguments: argparse.Namespace) -> None:
     print(f"detection: {found.path}")
 
 
+def _reconstruct_sounds(arguments: argparse.Namespace, out: str | Path) -> None:
+    from fastvq.train.run_folder import load_run
+    from fastvq.train.showing import device_of
+    from fastvq.train.sound_showing import show_sound_reconstructions
+
+    report = show_sound_reconstructions(
+        load_run(arguments.run),
+        arguments.data,
+        out,
+        count=arguments.count,
+        measure=arguments.measure,
+        split=arguments.split,
+        only=arguments.only,
+        strict=arguments.strict,
+        device=device_of(arguments.device),
+    )
+    for error in report.errors:
+        print(
+            f"{error.name:<14} SNR {error.snr:.2f} dB   log-spectral distance "
+            f"{error.log_spectral_distance:.2f} dB   {error.bits_per_second:.0f} bits/s "
+            f"(entropy {error.entropy_bits_per_second:.0f})"
+        )
+    skipped = f"; {report.broken} could not be decoded" if report.broken else ""
+    print(f"{report.sounds} sounds: {report.folder} (spectrograms: {out}){skipped}")
+
+
+def _classify(arguments: argparse.Namespace) -> None:
+    from fastvq.train.sound_classifier import judge_sounds
+
+    judged = judge_sounds(
+        arguments.data,
+        arguments.read,
+        class_pattern=arguments.class_pattern,
+        hold_out=arguments.hold_out,
+        seconds=arguments.clip_seconds,
+        epochs=arguments.epochs,
+        seed=arguments.seed,
+    )
+    print(f"a classifier trained on {judged.trained_on} real sounds reads")
+    for read in judged.read:
+        print(f"  {read.accuracy:6.1%} of {read.sounds} sounds of {read.name} as their class")
+
+
 def _evaluate(arguments: argparse.Namespace) -> None:
-    from fastvq.train.metrics import evaluate_bits_per_dim, evaluate_elbo
+    from fastvq.train.metrics import evaluate_bits_per_dim, evaluate_code_bits, evaluate_elbo
+    from fastvq.train.run_data import is_of_sounds
     from fastvq.train.run_folder import load_run
     from fastvq.train.showing import device_of
 
@@ -236,6 +297,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         results = evaluate_elbo(
             run, arguments.data, binarise=binarise, samples=arguments.samples, **options
         )
+    elif run.stage1 is not None and is_of_sounds(load_run(run.stage1)):
+        results = evaluate_code_bits(run, arguments.data, only=arguments.only, **options)
     elif run.kind == "prior":
         results = evaluate_bits_per_dim(run, arguments.data, **options)
     else:
@@ -360,5 +423,6 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "reconstruct": _reconstruct,
     "detect": _detect,
     "evaluate": _evaluate,
+    "classify": _classify,
     "info": _info,
 }

@@ -15,8 +15,10 @@ from typing import Any, NoReturn
 from fastvq.version import __version__
 
 _DATA = """\
-DATA is a folder of pictures (flat, or one sub-folder per class), a zip of one, MNIST-style IDX
-files (gzipped or not), or an .npy or .npz array (N, H, W), (N, H, W, C) or (N, C, H, W)."""
+DATA is a folder of pictures or of WAV files (flat, or one sub-folder per class), a zip of one,
+MNIST-style IDX files (gzipped or not), or an .npy or .npz array (N, H, W), (N, H, W, C) or
+(N, C, H, W) of pictures. WAV files may have any rate, 8, 16, 24 or 32 bits or floats; channels are
+averaged."""
 MODEL_FLAGS = {
     "levels": "levels of codes, top to bottom; only vqvae2 (default 2)",
     "num_codes": "codes in each level's codebook (default 512)",
@@ -60,6 +62,7 @@ def parser() -> argparse.ArgumentParser:
         _add_reconstruct,
         _add_detect,
         _add_evaluate,
+        _add_classify,
         _add_info,
     ):
         add(commands)
@@ -124,7 +127,7 @@ def _add_train(commands: Any) -> None:
     )
     own = command.add_argument_group("model and data")
     own.add_argument("--model", choices=("vae", "vqvae", "vqvae2"), help="what to train", **_absent)
-    own.add_argument("--data", metavar="DATA", help="pictures, see above", **_absent)
+    own.add_argument("--data", metavar="DATA", help="see above", **_absent)
     own.add_argument("--split", choices=("train", "val", "test"), help=_SPLIT_HELP, **_absent)
     own.add_argument(
         "--image-size",
@@ -139,8 +142,32 @@ def _add_train(commands: Any) -> None:
     own.add_argument(
         "--flip", action="store_true", help="mirror pictures left to right at random", **_absent
     )
+    own.add_argument("--only", metavar="REGEX", help=_ONLY_HELP, **_absent)
+    own.add_argument("--class-pattern", metavar="REGEX", help=_CLASS_PATTERN_HELP, **_absent)
     own.add_argument(
-        "--strict", action="store_true", help="refuse a broken picture, not skip it", **_absent
+        "--sample-rate",
+        type=int,
+        metavar="HZ",
+        help="sounds: resample to this rate (default: that of the first file)",
+        **_absent,
+    )
+    own.add_argument(
+        "--clip-seconds",
+        type=float,
+        metavar="S",
+        help="sounds: length of the clips; longer sounds are cut, shorter ones set among zeros, at "
+        "a place drawn anew in training (default 1)",
+        **_absent,
+    )
+    own.add_argument(
+        "--peak",
+        type=float,
+        metavar="LEVEL",
+        help="sounds: scale each to this peak, such as 0.9 (default: leave its loudness)",
+        **_absent,
+    )
+    own.add_argument(
+        "--strict", action="store_true", help="refuse a broken file, not skip it", **_absent
     )
     own.add_argument(
         "--workers",
@@ -172,6 +199,15 @@ def _add_encode(commands: Any) -> None:
     )
     command.add_argument("--run", required=True, metavar="DIR", help="of a vqvae or vqvae2")
     _add_data_options(command)
+    command.add_argument(
+        "--class-pattern", metavar="REGEX", help="as fastvq train's (default: that of the run)"
+    )
+    command.add_argument(
+        "--clip-seconds",
+        type=float,
+        metavar="S",
+        help="sounds: how much of each is encoded, from its start (default: as in the run)",
+    )
     command.add_argument(
         "--out", metavar="DIR", help="folder to write (default RUN/codes-SPLIT or codes-NAME)"
     )
@@ -295,6 +331,9 @@ def _add_reconstruct(commands: Any) -> None:
     command.add_argument(
         "--out", metavar="PATH.png", help="default RUN/pictures/reconstructions-NAME.png"
     )
+    command.add_argument(
+        "--strict", action="store_true", help="sounds: refuse a broken file, not leave it out"
+    )
     _add_device_options(command, batch_size=16)
     command.add_argument("--workers", type=int, metavar="N", help="processes that decode pictures")
 
@@ -375,6 +414,36 @@ def _add_evaluate(commands: Any) -> None:
     _add_device_options(command, batch_size=64)
 
 
+def _add_classify(commands: Any) -> None:
+    command = _command(
+        commands,
+        "classify",
+        "judge sounds by a classifier trained on real ones",
+        "Trains a small convolutional network to tell the classes of real sounds apart, and\n"
+        "prints how many it reads correctly of those held out and of other sounds, such as those\n"
+        "that fastvq reconstruct and fastvq sample wrote.",
+        "fastvq classify --data digits.zip --class-pattern '^([^_]+)_' --hold-out '_1[5-9]' \\\n"
+        "  --read samples-0",
+    )
+    command.add_argument("--data", required=True, metavar="DATA", help="real sounds with classes")
+    command.add_argument(
+        "--class-pattern", metavar="REGEX", help="as fastvq train's; holds for --read too"
+    )
+    command.add_argument(
+        "--hold-out",
+        metavar="REGEX",
+        help="files of DATA in whose name it is found are read, not trained on",
+    )
+    command.add_argument(
+        "--read", action="append", default=[], metavar="DATA", help="more to read; may be repeated"
+    )
+    command.add_argument(
+        "--clip-seconds", type=float, default=1.0, metavar="S", help="heard of each (default 1)"
+    )
+    command.add_argument("--epochs", type=int, default=40, metavar="N", help="(default 40)")
+    command.add_argument("--seed", type=int, default=0, help="of the training (default 0)")
+
+
 def _add_info(commands: Any) -> None:
     _command(
         commands,
@@ -390,6 +459,12 @@ def _add_info(commands: Any) -> None:
 
 _absent: dict[str, Any] = {"default": argparse.SUPPRESS}
 _SPLIT_HELP = "part of the data, where it has parts (default: train where there are parts)"
+
+_ONLY_HELP = "take only the files in whose name this regular expression is found"
+_CLASS_PATTERN_HELP = (
+    "read each file's class from its name: a regular expression with one group, such as "
+    "'^([^_]+)_' (default: the folders' names)"
+)
 
 
 def _add_training_options(command: argparse.ArgumentParser) -> None:
@@ -457,8 +532,9 @@ def _add_model_options(command: argparse.ArgumentParser, flags: dict[str, str]) 
 
 
 def _add_data_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--data", required=True, metavar="DATA", help="pictures, see above")
+    command.add_argument("--data", required=True, metavar="DATA", help="see above")
     command.add_argument("--split", choices=("train", "val", "test"), help=_SPLIT_HELP)
+    command.add_argument("--only", metavar="REGEX", help=_ONLY_HELP)
 
 
 def _add_device_options(command: argparse.ArgumentParser, batch_size: int) -> None:

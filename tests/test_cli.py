@@ -23,7 +23,7 @@ from fastvq.train.stage1 import Stage1Config
 
 COMMANDS = (
     *("demo", "train", "encode", "train-prior", "sample", "reconstruct", "detect", "evaluate"),
-    "info",
+    *("classify", "info"),
 )
 TINY = ("--hidden-channels", "8", "--num-codes", "8", "--code-dim", "4", "--downsample", "2")
 FEW = ("--steps", "2", "--batch-size", "4", "--validation-fraction", "0.2")

@@ -36,7 +36,7 @@ from fastvq.train.stage1 import Stage1Config, train_stage1
 HELD_IN = 600  # training pictures of the digit that are not trained on but standardise its scores
 RECONSTRUCTED_LEVELS = 1  # of the three: the top level alone, 2 × 2 codes
 SIZE = 32  # pixels: MNIST's 28 enlarged, so that three levels fit
-_STEPS = {"vqvae2": 600, "prior": 400}
+_STEPS = {"vqvae2": 600, "prior": 1200}
 _VQVAE2 = {
     "levels": 3,
     "hidden_channels": 32,

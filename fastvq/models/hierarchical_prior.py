@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fastvq import sampling
 from fastvq.models.pixelcnn import PixelCNN, check_codes
 from fastvq.models.pretrained import Pretrained
+from fastvq.nn.dimensions import CONVOLUTIONS
 from fastvq.nn.residual import ResidualStack
 
 Value = TypeVar("Value")
@@ -41,24 +42,29 @@ def _dilations_per_level(
     return _per_level("dilations", list(dilations), levels)  # type: ignore[arg-type]
 
 
-def _check_shapes(shapes: Sequence[Sequence[int]], levels: int | None = None) -> list[list[int]]:
+def _check_shapes(
+    shapes: Sequence[Sequence[int]], levels: int | None = None, dimensions: int | None = None
+) -> list[list[int]]:
     """Level shapes, top first, each a whole multiple of the one above it."""
     sizes = [list(shape) for shape in shapes]
-    if not sizes or any(
-        len(shape) != 2 or not all(isinstance(size, int) and size >= 1 for size in shape)
-        for shape in sizes
+    expected = (1, 2) if dimensions is None else (dimensions,)
+    if (
+        not sizes
+        or len(sizes[0]) not in expected
+        or any(len(shape) != len(sizes[0]) for shape in sizes)
+        or not all(isinstance(size, int) and size >= 1 for shape in sizes for size in shape)
     ):
+        names = " or ".join("(H, W)" if count == 2 else "(T,)" for count in reversed(expected))
         raise ValueError(
-            f"HierarchicalPrior: shapes must be ((H, W) of the top level, …, of the bottom), "
+            f"HierarchicalPrior: shapes must be ({names} of the top level, …, of the bottom), "
             f"positive ints; got {shapes!r}."
         )
     if levels is not None and len(sizes) != levels:
         raise ValueError(
-            f"HierarchicalPrior: shapes must have one (H, W) per level ({levels}); got "
-            f"{len(sizes)}."
+            f"HierarchicalPrior: shapes must have one per level ({levels}); got {len(sizes)}."
         )
     for upper, lower in itertools.pairwise(sizes):
-        if lower[0] % upper[0] or lower[1] % upper[1]:
+        if any(below % above for above, below in zip(upper, lower)):
             raise ValueError(
                 "HierarchicalPrior: each level's shape must be a whole multiple of the one above; "
                 f"got {tuple(upper)} above {tuple(lower)}."
@@ -71,32 +77,39 @@ class LevelConditioning(nn.Module):
 
         condition = ResidualStack(conv3×3(Σ_above upsample(embedding_above(codes_above))))
 
-    upsample repeats each vector over the rectangle of this level's codes that lies under it.
+    upsample repeats each vector over the rectangle of this level's codes that lies under it. Over
+    sequences (dimensions=1) the convolutions have 3 steps.
 
     Args:
         num_codes: of each level above, top first.
         channels: of the embeddings and of the map.
         num_blocks: residual blocks, see `ResidualStack`; 3×3 and 1×1 convolutions.
+        dimensions: 2 for maps of codes, 1 for sequences.
     Razavi et al. 2019, arXiv:1906.00446, section 3.2: the residual conditioning stack.
     """
 
-    def __init__(self, num_codes: Sequence[int], channels: int, num_blocks: int) -> None:
+    def __init__(
+        self, num_codes: Sequence[int], channels: int, num_blocks: int, dimensions: int = 2
+    ) -> None:
         super().__init__()
         self.embeddings = nn.ModuleList(nn.Embedding(count, channels) for count in num_codes)
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-        self.stack = ResidualStack(channels, channels, num_blocks)
+        self.conv = CONVOLUTIONS[dimensions](channels, channels, 3, padding=1)
+        self.stack = ResidualStack(channels, channels, num_blocks, dimensions)
 
-    def forward(self, above: Sequence[Tensor], shape: tuple[int, int]) -> Tensor:
-        """[(B, h, w) int64, …] top first → (B, channels, H, W); H and W multiples of h and w."""
-        height, width = shape
+    def forward(self, above: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
+        """[(B, h, w) int64, …] top first → (B, channels, H, W); H and W multiples of h and w.
+
+        Of sequences (B, t) and (B, channels, T), T a multiple of t.
+        """
         total: Tensor | None = None
         for embedding, codes in zip(self.embeddings, above):
-            down, right = height // codes.shape[1], width // codes.shape[2]
-            spread = codes.repeat_interleave(down, dim=1).repeat_interleave(right, dim=2)
+            spread = codes
+            for axis, size in enumerate(shape, start=1):
+                spread = spread.repeat_interleave(size // codes.shape[axis], dim=axis)
             embedded = embedding(spread)
             total = embedded if total is None else total + embedded
         assert total is not None
-        condition: Tensor = self.stack(self.conv(total.permute(0, 3, 1, 2)))
+        condition: Tensor = self.stack(self.conv(total.movedim(-1, 1)))
         return condition
 
 
@@ -108,6 +121,9 @@ class HierarchicalPrior(Pretrained, nn.Module):
     `levels[i]` is the `PixelCNN` of level i; `conditioning[i − 1]` the `LevelConditioning` that
     shows it the levels above. Every option after `shapes` except `num_classes` may be one value or
     a list with one per level (for `dilations`: one sequence, or one per level).
+
+    Where the shapes are (T,) the codes of every level are sequences (B, T), and every (H, W) below
+    is (T,).
 
     Args:
         num_codes: K of every level, or one per level.
@@ -143,6 +159,7 @@ class HierarchicalPrior(Pretrained, nn.Module):
     ) -> None:
         super().__init__()
         self.shapes = _check_shapes(shapes)
+        self.dimensions = len(self.shapes[0])
         count = len(self.shapes)
         self.num_codes = _per_level("num_codes", num_codes, count)
         channels = _per_level("condition_channels", condition_channels, count)
@@ -167,12 +184,15 @@ class HierarchicalPrior(Pretrained, nn.Module):
                     self.num_codes[level],
                     num_classes=num_classes,
                     condition_channels=channels[level] if below_top else None,
+                    dimensions=self.dimensions,
                     **own,
                 )
             )
             if below_top:
                 above = self.num_codes[:level]
-                self.conditioning.append(LevelConditioning(above, channels[level], blocks[level]))
+                self.conditioning.append(
+                    LevelConditioning(above, channels[level], blocks[level], self.dimensions)
+                )
 
     @classmethod
     def for_model(
@@ -184,26 +204,25 @@ class HierarchicalPrior(Pretrained, nn.Module):
 
         Args:
             vqvae2: a `VQVAE2` or `VQVAE`, whose `config` is read.
-            image_size: pixels, H = W, or (H, W).
+            image_size: pixels, H = W, or (H, W); of a model with dimensions=1 its length T.
             options: further arguments of the constructor.
         Raises:
             ValueError: image_size is not a multiple of the top level's downsampling.
         """
         config: dict[str, Any] = vqvae2.config  # type: ignore[assignment]
         levels, downsample = config.get("levels", 1), config["downsample"]
-        height, width = (
-            (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-        )
+        dimensions = config.get("dimensions", 2)
+        size = (image_size,) * dimensions if isinstance(image_size, int) else tuple(image_size)
         factors = [downsample * 2 ** (levels - 1 - level) for level in range(levels)]
-        if height % factors[0] or width % factors[0]:
+        if any(side % factors[0] for side in size):
             raise ValueError(
                 f"HierarchicalPrior.for_model: image_size must be a multiple of {factors[0]}, the "
                 f"top level's downsampling; got {image_size}."
             )
-        shapes = [(height // factor, width // factor) for factor in factors]
+        shapes = [tuple(side // factor for side in size) for factor in factors]
         return cls(config["num_codes"], shapes, **options)
 
-    def condition(self, codes: Sequence[Tensor], level: int, shape: tuple[int, int]) -> Tensor:
+    def condition(self, codes: Sequence[Tensor], level: int, shape: Sequence[int]) -> Tensor:
         """The condition map (B, C, H, W) that the levels above `level` give it at `shape`."""
         condition: Tensor = self.conditioning[level - 1](codes[:level], shape)
         return condition
@@ -215,7 +234,7 @@ class HierarchicalPrior(Pretrained, nn.Module):
                 f"first; got {len(codes)}."
             )
         for level, (one, count) in enumerate(zip(codes, self.num_codes)):
-            check_codes(one, count, f"codes[{level}]")
+            check_codes(one, count, f"codes[{level}]", self.dimensions)
             if len(one) != len(codes[0]):
                 raise ValueError(
                     f"HierarchicalPrior: codes[{level}] must have batch {len(codes[0])}, as "
@@ -230,8 +249,7 @@ class HierarchicalPrior(Pretrained, nn.Module):
         self._check(codes)
         arguments: list[tuple[Tensor, Tensor | None, Tensor | None]] = []
         for level, one in enumerate(codes):
-            shape = (one.shape[1], one.shape[2])
-            condition = self.condition(codes, level, shape) if level else None
+            condition = self.condition(codes, level, one.shape[1:]) if level else None
             arguments.append((one, class_labels, condition))
         return arguments
 
@@ -302,7 +320,9 @@ class HierarchicalPrior(Pretrained, nn.Module):
             ValueError, TypeError, RuntimeError: as `PixelCNN.sample`.
         """
         count = len(self.levels)
-        sizes = self.shapes if shapes is None else _check_shapes(shapes, count)
+        sizes = self.shapes
+        if shapes is not None:
+            sizes = _check_shapes(shapes, count, self.dimensions)
         temperatures = _per_level("temperature", temperature, count)
         top_ks = _per_level("top_k", top_k, count)
         top_ps = _per_level("top_p", top_p, count)
@@ -339,5 +359,5 @@ class HierarchicalPrior(Pretrained, nn.Module):
             return None
         network = sampling.eval_copy(self.conditioning[level - 1], torch.float64)
         with torch.no_grad(), torch.autocast(codes[0].device.type, enabled=False):
-            condition: Tensor = network(codes, (shape[0], shape[1]))
+            condition: Tensor = network(codes, shape)
         return condition

@@ -1,4 +1,4 @@
-"""`PixelCNN`: an autoregressive prior over one map of codes.
+"""`PixelCNN`: an autoregressive prior over one map, or one sequence, of codes.
 
 The layers live in `fastvq.nn`, the drawing of codes in `fastvq.sampling`, and the prior over
 several maps of a VQ-VAE-2 in `hierarchical_prior`.
@@ -6,8 +6,9 @@ several maps of a VQ-VAE-2 in `hierarchical_prior`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,9 @@ from torch import Tensor, nn
 from fastvq import sampling
 from fastvq.models.pretrained import Pretrained
 from fastvq.nn.causal_attention import CausalSelfAttention
+from fastvq.nn.dimensions import CONVOLUTIONS, check_dimensions
+from fastvq.nn.gated_causal_conv import GatedCausalConv1d
+from fastvq.nn.gated_layer import GatedLayer
 from fastvq.nn.gated_masked_conv import GatedMaskedConv2d
 
 
@@ -26,17 +30,19 @@ class ReceptiveField(NamedTuple):
     columns: int | None
 
 
-def check_codes(codes: Tensor, num_codes: int, argument: str = "codes") -> None:
-    """Refuse what is not a (B, H, W) int64 map of codes in 0 … num_codes − 1.
+def check_codes(
+    codes: Tensor, num_codes: int, argument: str = "codes", dimensions: int = 2
+) -> None:
+    """Refuse what is not int64 codes in 0 … num_codes − 1, (B, H, W) or (B, T).
 
     The values are looked at in eager mode only: a compiled graph has nowhere to raise from.
     """
     if codes.dtype != torch.int64:
         raise TypeError(f"PixelCNN: {argument} must be int64; got {codes.dtype}.")
-    if codes.dim() != 3 or codes.shape[1] < 1 or codes.shape[2] < 1:
+    if codes.dim() != 1 + dimensions or 0 in codes.shape[1:]:
+        shape = "(B, H, W) with H and W" if dimensions == 2 else "(B, T) with T"
         raise ValueError(
-            f"PixelCNN: {argument} must be (B, H, W) with H and W at least 1; "
-            f"got {tuple(codes.shape)}."
+            f"PixelCNN: {argument} must be {shape} at least 1; got {tuple(codes.shape)}."
         )
     if torch.compiler.is_compiling() or codes.device.type == "meta" or codes.numel() == 0:
         return
@@ -84,7 +90,7 @@ def check_class_labels(class_labels: Tensor | None, num_classes: int | None, bat
 
 
 class PixelCNN(Pretrained, nn.Module):
-    """Gated PixelCNN over a map of codes, with vertical and horizontal stacks.
+    """Gated PixelCNN over a map of codes, with vertical and horizontal stacks; or over a sequence.
 
         log p(codes) = Σ_p log softmax(logits[:, p])[codes[p]],   logits[:, p] from codes before p
 
@@ -93,6 +99,9 @@ class PixelCNN(Pretrained, nn.Module):
     and a head of ReLU, 1×1, ReLU, 1×1. Layer i has dilation dilations[i mod len(dilations)],
     except that the first always has 1, so that the nearest codes are never skipped. With dilation
     1 throughout every earlier code within reach is seen: there is no blind spot.
+
+    With dimensions=1 codes are sequences (B, T), the layers `GatedCausalConv1d`, the horizontal
+    stack alone, and every (H, W) below is T. Such a prior without attention can also `stream`.
 
     Args:
         num_codes: K.
@@ -106,10 +115,11 @@ class PixelCNN(Pretrained, nn.Module):
         attention_heads: heads of each; must divide hidden_channels where attention is used.
         dropout: on gated outputs and attention weights.
         first_kernel_size: of the first layer; None: `kernel_size`.
+        dimensions: 2 for maps of codes, 1 for sequences.
     Raises:
         ValueError: an argument outside these rules.
     van den Oord et al. 2016, arXiv:1606.05328; attention as in arXiv:1712.09763 (PixelSNAIL) and
-    arXiv:1906.00446 (VQ-VAE-2).
+    arXiv:1906.00446 (VQ-VAE-2); sequences as in arXiv:1609.03499 (WaveNet).
     """
 
     def __init__(
@@ -125,8 +135,10 @@ class PixelCNN(Pretrained, nn.Module):
         attention_heads: int = 8,
         dropout: float = 0.0,
         first_kernel_size: int | None = None,
+        dimensions: int = 2,
     ) -> None:
         super().__init__()
+        check_dimensions("PixelCNN", dimensions)
         for name, value, least in (
             ("num_codes", num_codes, 1),
             ("hidden_channels", hidden_channels, 1),
@@ -141,12 +153,14 @@ class PixelCNN(Pretrained, nn.Module):
         self.num_codes = num_codes
         self.num_classes = num_classes
         self.condition_channels = condition_channels
+        self.dimensions = dimensions
         self.embedding = nn.Embedding(num_codes, hidden_channels)
         self.layers = nn.ModuleList()
+        gated = GatedMaskedConv2d if dimensions == 2 else GatedCausalConv1d
         for index in range(num_layers):
             first = index == 0
             self.layers.append(
-                GatedMaskedConv2d(
+                gated(
                     hidden_channels,
                     (first_kernel_size or kernel_size) if first else kernel_size,
                     "A" if first else "B",
@@ -157,24 +171,30 @@ class PixelCNN(Pretrained, nn.Module):
                 )
             )
             if attention_every and (index + 1) % attention_every == 0:
-                self.layers.append(CausalSelfAttention(hidden_channels, attention_heads, dropout))
+                self.layers.append(
+                    CausalSelfAttention(hidden_channels, attention_heads, dropout, dimensions)
+                )
+        conv = CONVOLUTIONS[dimensions]
         self.head = nn.Sequential(
             nn.ReLU(),
-            nn.Conv2d(hidden_channels, hidden_channels, 1),
+            conv(hidden_channels, hidden_channels, 1),
             nn.ReLU(),
-            nn.Conv2d(hidden_channels, num_codes, 1),
+            conv(hidden_channels, num_codes, 1),
         )
 
     @property
     def receptive_field(self) -> ReceptiveField:
-        """The furthest row above and column to either side that a prediction can depend on."""
+        """The furthest row above and column to either side that a prediction can depend on.
+
+        Of a sequence: no rows, and the furthest step back.
+        """
         reach = 0
         for layer in self.layers:
             if isinstance(layer, CausalSelfAttention):
                 return ReceptiveField(None, None)
-            assert isinstance(layer, GatedMaskedConv2d)
+            assert isinstance(layer, GatedLayer)
             reach += layer.dilation * (layer.kernel_size // 2)
-        return ReceptiveField(reach, reach)
+        return ReceptiveField(reach if self.dimensions == 2 else 0, reach)
 
     def forward(
         self,
@@ -195,9 +215,9 @@ class PixelCNN(Pretrained, nn.Module):
             ValueError: shapes or values outside these rules.
             TypeError: codes or labels that are not int64.
         """
-        check_codes(codes, self.num_codes)
+        check_codes(codes, self.num_codes, dimensions=self.dimensions)
         return self.logits_from_embedding(
-            self.embedding(codes).permute(0, 3, 1, 2), class_labels, condition
+            self.embedding(codes).movedim(-1, 1), class_labels, condition
         )
 
     def logits_from_embedding(
@@ -207,27 +227,30 @@ class PixelCNN(Pretrained, nn.Module):
         condition: Tensor | None = None,
     ) -> Tensor:
         """`forward` from embedded codes, (B, C, H, W), so that gradients can be traced to them."""
-        batch, _, height, width = embedded.shape
+        batch, _, *shape = embedded.shape
         check_class_labels(class_labels, self.num_classes, batch)
-        self._check_condition(condition, (batch, self.condition_channels, height, width))
+        self._check_condition(condition, (batch, self.condition_channels, *shape))
         vertical = horizontal = embedded
         for layer in self.layers:
             if isinstance(layer, CausalSelfAttention):
                 horizontal = layer(horizontal)
+            elif isinstance(layer, GatedCausalConv1d):
+                horizontal = layer(horizontal, class_labels, condition)
             else:
                 vertical, horizontal = layer(vertical, horizontal, class_labels, condition)
         logits: Tensor = self.head(horizontal)
         return logits
 
-    def _check_condition(
-        self, condition: Tensor | None, expected: tuple[int, int | None, int, int]
-    ) -> None:
+    def _check_given_condition(self, condition: object) -> None:
         if (condition is None) != (self.condition_channels is None):
             raise ValueError(
                 "PixelCNN: condition must be given exactly when the prior was built with "
                 f"condition_channels; got condition {'None' if condition is None else 'given'} "
                 f"with condition_channels={self.condition_channels}."
             )
+
+    def _check_condition(self, condition: Tensor | None, expected: tuple[int | None, ...]) -> None:
+        self._check_given_condition(condition)
         if condition is not None and tuple(condition.shape) != expected:
             raise ValueError(
                 f"PixelCNN: condition must be {expected}, at the codes' resolution; got "
@@ -259,11 +282,12 @@ class PixelCNN(Pretrained, nn.Module):
 
         Arguments and errors as `forward`.
         """
-        return self.code_log_prob(codes, class_labels, condition).sum(dim=(1, 2))
+        each = self.code_log_prob(codes, class_labels, condition)
+        return each.sum(dim=tuple(range(1, each.dim())))
 
     def sample(
         self,
-        shape: Sequence[int],
+        shape: int | Sequence[int],
         n: int,
         *,
         class_labels: Tensor | int | None = None,
@@ -287,7 +311,7 @@ class PixelCNN(Pretrained, nn.Module):
         prior is made when a draw is too close for float32 to decide.
 
         Args:
-            shape: (H, W).
+            shape: (H, W); of sequences T or (T,).
             n: number of maps.
             class_labels: (n,) int64, or one int for all.
             condition: (n, condition_channels, H, W) float.
@@ -308,13 +332,10 @@ class PixelCNN(Pretrained, nn.Module):
             ValueError, TypeError: an argument breaks its rule; the message names it.
             RuntimeError: the prior's logits are not finite, or tqdm is missing.
         """
-        weight = self.embedding.weight
         sampling.check_method(method)
-        request = sampling.make_request(
+        request = self._request(
             shape,
             n,
-            num_codes=self.num_codes,
-            device=weight.device,
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
@@ -324,22 +345,108 @@ class PixelCNN(Pretrained, nn.Module):
             level=level,
             progress=progress,
         )
+        labels = self._labels(class_labels, n)
+        size = (request.height, request.width)
+        self._check_condition(condition, (n, self.condition_channels, *size[-self.dimensions :]))
+        if condition is not None:
+            condition = condition.detach().to(request.device).reshape(*condition.shape[:2], *size)
+        plan = self._plan() if method == "cached" else None
+        model = self if self.dimensions == 2 else sampling.OneRow(self)
+        codes = sampling.generate(model, plan, sampling.Conditioning(labels, condition), request)
+        return codes if self.dimensions == 2 else codes[:, 0]
+
+    def stream(
+        self,
+        n: int,
+        *,
+        class_labels: Tensor | int | None = None,
+        condition: Callable[[int, int], Tensor] | None = None,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        given: Tensor | None = None,
+        seed: int | None = None,
+        stretch: int = 64,
+        first_sample: int = 0,
+        level: int = 0,
+    ) -> Iterator[Tensor]:
+        """Draw `n` sequences without end, `stretch` codes at a time, in constant memory.
+
+        What comes, put together, is what `sample` gives for as long a sequence, whatever
+        `stretch` is. Only for dimensions=1 without attention.
+
+        Args:
+            n, class_labels, temperature, top_k, top_p, seed, first_sample, level: as `sample`.
+            condition: called with (start, stop), gives the condition of these steps,
+                (n, condition_channels, stop − start) float; also of earlier steps, as many as the
+                receptive field, where a draw is computed again.
+            given: (n, P) or (P,) int64: how the sequences begin, −1 where to be drawn.
+            stretch: codes at a time; the first ones are those of `given`.
+        Returns:
+            An endless iterator over (n, stretch) int64, on the prior's device.
+        Raises:
+            ValueError, TypeError, RuntimeError: as `sample`; a prior over maps, or with attention.
+        """
+        if self.dimensions != 1:
+            raise ValueError(
+                "PixelCNN.stream: dimensions must be 1, a prior over sequences; this one is over "
+                "maps. Use sample."
+            )
+        length = stretch if given is None else max(given.shape[-1], 1)
+        prefix = self._request(
+            length,
+            n,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            given=given if given is None or given.numel() else None,
+            seed=seed,
+            first_sample=first_sample,
+            level=level,
+            progress=False,
+        )
+        width = sampling.check_shape(stretch, 1)[0]
+        request = dataclasses.replace(prefix, width=width, given=None)
+        begun = prefix.given
+        if begun is None:
+            begun = torch.empty(n, 0, dtype=torch.int64, device=prefix.device)
+        labels = self._labels(class_labels, n)
+        self._check_given_condition(condition)
+
+        def condition_of(start: int, stop: int) -> Tensor:
+            assert condition is not None
+            told = condition(start, stop)
+            self._check_condition(told, (n, self.condition_channels, stop - start))
+            return told.detach().to(prefix.device)
+
+        return sampling.stream(
+            sampling.OneRow(self),
+            self._plan(),
+            labels,
+            None if condition is None else condition_of,
+            begun.reshape(n, -1) if n else begun,
+            request,
+        )
+
+    def _request(self, shape: int | Sequence[int], n: int, **options: Any) -> sampling.Request:
+        return sampling.make_request(
+            shape,
+            n,
+            dimensions=self.dimensions,
+            num_codes=self.num_codes,
+            device=self.embedding.weight.device,
+            **options,
+        )
+
+    def _labels(self, class_labels: Tensor | int | None, n: int) -> Tensor | None:
+        """Checked labels on the prior's device, one for each of n samples."""
         if isinstance(class_labels, int):
             class_labels = torch.full((n,), class_labels)
         check_class_labels(class_labels, self.num_classes, n)
-        expected = (n, self.condition_channels, request.height, request.width)
-        self._check_condition(condition, expected)
-        conditioning = sampling.Conditioning(
-            None if class_labels is None else class_labels.to(weight.device),
-            None if condition is None else condition.detach().to(weight.device),
-        )
-        plan = self._plan() if method == "cached" else None
-        return sampling.generate(self, plan, conditioning, request)
+        return None if class_labels is None else class_labels.to(self.embedding.weight.device)
 
     def _plan(self) -> sampling.PriorPlan:
         """The weights as the cached method reads them."""
-        hidden, logits = self.head[1], self.head[3]
-        assert isinstance(hidden, nn.Conv2d)
-        assert isinstance(logits, nn.Conv2d)
         dtype = sampling.working_dtype(self.embedding.weight)
-        return sampling.plan_prior(self.embedding, self.layers, (hidden, logits), dtype)
+        head = (self.head[1], self.head[3])
+        return sampling.plan_prior(self.embedding, self.layers, head, dtype)

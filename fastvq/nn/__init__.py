@@ -3,6 +3,7 @@
 from fastvq.nn.causal_attention import CausalSelfAttention
 from fastvq.nn.codebook import Codebook, CodebookOutput
 from fastvq.nn.fsq import FSQ
+from fastvq.nn.gated_causal_conv import GatedCausalConv1d
 from fastvq.nn.gated_masked_conv import GatedMaskedConv2d
 from fastvq.nn.gaussian import DiagonalGaussian
 from fastvq.nn.grouped_residual_vq import GroupedResidualVQ
@@ -25,6 +26,7 @@ __all__ = [
     "Codebook",
     "CodebookOutput",
     "DiagonalGaussian",
+    "GatedCausalConv1d",
     "GatedMaskedConv2d",
     "GroupedResidualFSQ",
     "GroupedResidualLFQ",

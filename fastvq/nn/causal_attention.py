@@ -1,4 +1,4 @@
-"""Causal self-attention over a feature map in raster order.
+"""Causal self-attention over a feature map in raster order, or over a sequence.
 
 It follows gated masked convolutions in `fastvq.models.PixelCNN`, whose horizontal features hold
 earlier codes only; the mask here keeps that so.
@@ -6,16 +6,22 @@ earlier codes only; the mask here keeps that so.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastvq.nn.dimensions import CONVOLUTIONS, check_dimensions
 
-def coordinates(height: int, width: int, like: Tensor) -> Tensor:
-    """(2, H, W): row and column of each pixel's centre, scaled to −1 … 1, for any H and W."""
-    rows = (torch.arange(height, device=like.device, dtype=like.dtype) * 2 + 1) / height - 1
-    columns = (torch.arange(width, device=like.device, dtype=like.dtype) * 2 + 1) / width - 1
-    return torch.stack(torch.meshgrid(rows, columns, indexing="ij"))
+
+def coordinates(*shape: int, like: Tensor) -> Tensor:
+    """(len(shape), *shape): each position's centre, scaled to −1 … 1 along each axis."""
+    axes = [
+        (torch.arange(size, device=like.device, dtype=like.dtype) * 2 + 1) / size - 1
+        for size in shape
+    ]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"))
 
 
 class CausalSelfAttention(nn.Module):
@@ -23,10 +29,10 @@ class CausalSelfAttention(nn.Module):
 
         y[p] = x[p] + W_o Σ_{p' ≤ p} softmax_{p'}(q[p]·k[p'] / √(C / heads)) v[p']
 
-    p counts pixels in raster order. q, k and v are 1×1 maps of x and two coordinate channels, so
-    that attention knows where it looks in a map of any height and width. Pixel p attends to
-    itself, so no softmax is over nothing; this shows no code too many as long as x[p] itself
-    holds codes before p only.
+    p counts pixels in raster order, or the steps of a sequence. q, k and v are 1×1 maps of x and
+    a coordinate channel per dimension, so that attention knows where it looks in a map of any
+    height and width or a sequence of any length. Pixel p attends to itself, so no softmax is over
+    nothing; this shows no code too many as long as x[p] itself holds codes before p only.
 
     A weight of zero times a value that is NaN is NaN: unlike the convolutions, attention does not
     keep a NaN at a later pixel from earlier ones.
@@ -35,13 +41,17 @@ class CausalSelfAttention(nn.Module):
         channels: C, a multiple of `heads`.
         heads: number of heads.
         dropout: probability of dropping an attention weight.
+        dimensions: 2 for maps, 1 for sequences.
     Raises:
-        ValueError: `channels` is not a multiple of `heads`.
+        ValueError: `channels` is not a multiple of `heads`, or another number of dimensions.
     Chen et al. 2018, arXiv:1712.09763 (PixelSNAIL); Razavi et al. 2019, arXiv:1906.00446.
     """
 
-    def __init__(self, channels: int, heads: int = 8, dropout: float = 0.0) -> None:
+    def __init__(
+        self, channels: int, heads: int = 8, dropout: float = 0.0, dimensions: int = 2
+    ) -> None:
         super().__init__()
+        check_dimensions("CausalSelfAttention", dimensions)
         if heads < 1 or channels % heads:
             raise ValueError(
                 f"CausalSelfAttention: channels must be a multiple of heads; got {channels} "
@@ -50,22 +60,24 @@ class CausalSelfAttention(nn.Module):
         self.channels = channels
         self.heads = heads
         self.dropout = dropout
-        self.query_key_value = nn.Conv2d(channels + 2, 3 * channels, 1)
-        self.out = nn.Conv2d(channels, channels, 1)
+        self.dimensions = dimensions
+        conv = CONVOLUTIONS[dimensions]
+        self.query_key_value = conv(channels + dimensions, 3 * channels, 1)
+        self.out = conv(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) → (B, C, H, W)."""
-        batch, channels, height, width = x.shape
-        position = coordinates(height, width, x).expand(batch, -1, -1, -1)
+        """(B, C, H, W) or (B, C, T) → the same shape."""
+        batch, channels, *shape = x.shape
+        position = coordinates(*shape, like=x).expand(batch, *[-1] * (len(shape) + 1))
         projected = self.query_key_value(torch.cat([x, position], dim=1))
-        # (3, B, heads, H·W, C / heads)
+        # (3, B, heads, positions, C / heads)
         query, key, value = projected.reshape(
-            batch, 3, self.heads, channels // self.heads, height * width
+            batch, 3, self.heads, channels // self.heads, math.prod(shape)
         ).permute(1, 0, 2, 4, 3)
         attended = F.scaled_dot_product_attention(
             query, key, value, dropout_p=self.dropout if self.training else 0.0, is_causal=True
         )
-        merged = attended.transpose(2, 3).reshape(batch, channels, height, width)
+        merged = attended.transpose(2, 3).reshape(x.shape)
         return x + self.out(merged)
 
     def extra_repr(self) -> str:

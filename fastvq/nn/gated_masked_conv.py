@@ -6,20 +6,14 @@ The prior built from these layers is `fastvq.models.PixelCNN`; the single masked
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastvq.nn.masked_conv import MaskedConv2d, check_mask_type
+from fastvq.nn.gated_layer import GatedLayer, gate
+from fastvq.nn.masked_conv import MaskedConv2d
 
 
-def _gate(features: Tensor) -> Tensor:
-    """tanh of the first half of the channels times sigmoid of the second half."""
-    values, gates = features.chunk(2, dim=1)
-    return torch.tanh(values) * torch.sigmoid(gates)
-
-
-class GatedMaskedConv2d(nn.Module):
+class GatedMaskedConv2d(GatedLayer):
     """Gated PixelCNN layer over a vertical and a horizontal stack, without a blind spot.
 
     With r = kernel_size // 2, d = dilation, * a convolution and y the class or the map:
@@ -55,6 +49,8 @@ class GatedMaskedConv2d(nn.Module):
     van den Oord et al. 2016, arXiv:1606.05328, eq. 2-4 and figure 2.
     """
 
+    dimensions = 2
+
     def __init__(
         self,
         hidden_channels: int,
@@ -66,37 +62,24 @@ class GatedMaskedConv2d(nn.Module):
         dropout: float = 0.0,
         residual: bool = True,
     ) -> None:
-        super().__init__()
-        check_mask_type("GatedMaskedConv2d", mask_type)
-        if kernel_size < 3 or kernel_size % 2 == 0:
-            raise ValueError(
-                f"GatedMaskedConv2d: kernel_size must be odd and at least 3; got {kernel_size}."
-            )
-        if dilation < 1:
-            raise ValueError(f"GatedMaskedConv2d: dilation must be at least 1; got {dilation}.")
-        self.hidden_channels = hidden_channels
-        self.kernel_size = kernel_size
-        self.mask_type = mask_type
-        self.dilation = dilation
-        self.num_classes = num_classes
-        self.condition_channels = condition_channels
-        self.residual = residual and mask_type == "B"
+        super().__init__(
+            hidden_channels,
+            kernel_size,
+            mask_type,
+            dilation,
+            num_classes,
+            condition_channels,
+            dropout,
+            residual,
+        )
         rows = kernel_size // 2 + (mask_type == "B")
         both = 2 * hidden_channels
         self.vertical = nn.Conv2d(hidden_channels, both, (rows, kernel_size), dilation=dilation)
         self.horizontal = MaskedConv2d(hidden_channels, both, (1, kernel_size), mask_type, dilation)
         self.link = nn.Conv2d(both, both, 1)
         self.horizontal_out = nn.Conv2d(hidden_channels, hidden_channels, 1)
-        self.dropout = nn.Dropout(dropout)
         # The first 2C channels of each go to the vertical stack, the others to the horizontal.
-        self.class_bias: nn.Embedding | None = None
-        self.condition_map: nn.Conv2d | None = None
-        if num_classes is not None:
-            self.class_bias = nn.Embedding(num_classes, 2 * both)
-            # Small beside the convolutions' outputs: no gate starts saturated.
-            nn.init.normal_(self.class_bias.weight, std=0.1)
-        if condition_channels is not None:
-            self.condition_map = nn.Conv2d(condition_channels, 2 * both, 1, bias=False)
+        self._add_conditioning(2 * both)
 
     def _vertical_features(self, vertical: Tensor) -> Tensor:
         """Convolve the live rectangle: rows above, and with mask type "B" the own row."""
@@ -106,28 +89,6 @@ class GatedMaskedConv2d(nn.Module):
             vertical = vertical[:, :, : max(height - self.dilation, 0)]
         features = self.vertical(F.pad(vertical, (reach, reach, reach, 0)))
         return features[:, :, :height]  # longer only where type "A" meets height < dilation
-
-    def _conditioning(self, class_labels: Tensor | None, condition: Tensor | None) -> Tensor | None:
-        """What class and map add before the gates: broadcastable to (B, 4C, H, W), or None."""
-        if (class_labels is None) != (self.class_bias is None):
-            raise ValueError(
-                "GatedMaskedConv2d: class_labels must be given exactly when num_classes is; "
-                f"got class_labels {'None' if class_labels is None else 'given'} with "
-                f"num_classes={self.num_classes}."
-            )
-        if (condition is None) != (self.condition_map is None):
-            raise ValueError(
-                "GatedMaskedConv2d: condition must be given exactly when condition_channels is; "
-                f"got condition {'None' if condition is None else 'given'} with "
-                f"condition_channels={self.condition_channels}."
-            )
-        added = None
-        if self.class_bias is not None:
-            added = self.class_bias(class_labels)[:, :, None, None]
-        if self.condition_map is not None:
-            mapped = self.condition_map(condition)
-            added = mapped if added is None else mapped + added
-        return added
 
     def forward(
         self,
@@ -155,8 +116,8 @@ class GatedMaskedConv2d(nn.Module):
             for_vertical, for_horizontal = added.chunk(2, dim=1)
             vertical_features = vertical_features + for_vertical
             horizontal_features = horizontal_features + for_horizontal
-        vertical_out = self.dropout(_gate(vertical_features))
-        horizontal_out = self.horizontal_out(self.dropout(_gate(horizontal_features)))
+        vertical_out = self.dropout(gate(vertical_features))
+        horizontal_out = self.horizontal_out(self.dropout(gate(horizontal_features)))
         if self.residual:
             horizontal_out = horizontal_out + horizontal
         return vertical_out, horizontal_out

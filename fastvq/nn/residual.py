@@ -1,35 +1,51 @@
 """Residual blocks of the VQ-VAE encoders and decoders.
 
-Lives here: the pre-activation block of VQ-VAE and a stack of them. Masked (causal) blocks are not
-here.
+Lives here: the pre-activation block of VQ-VAE and a stack of them, on maps or on sequences. The
+convolutions they are made of are in `convolution.py`; gated masked blocks are in
+`gated_masked_conv.py`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
+
+from fastvq.nn.convolution import pointwise, same_conv
 
 
 class ResidualBlock(nn.Module):
-    """x + conv1×1(relu(conv3×3(relu(x)))), on (B, channels, H, W).
+    """x + conv1(relu(conv3(relu(x)))), with kernels 1 and 3 along each dimension.
 
     The two convolutions are `net.1` and `net.3`. van den Oord et al. 2017, arXiv:1711.00937, §4.1.
 
     Args:
         channels: channels of the input and the output.
         residual_channels: channels between the two convolutions.
+        dimensions: 2 for maps (B, channels, H, W), 1 for sequences (B, channels, T).
+        dilation: distance between the taps of conv3.
+        causal: conv3 sees the present step and two before it; only of sequences.
     """
 
-    def __init__(self, channels: int, residual_channels: int) -> None:
+    def __init__(
+        self,
+        channels: int,
+        residual_channels: int,
+        dimensions: int = 2,
+        *,
+        dilation: int = 1,
+        causal: bool = False,
+    ) -> None:
         super().__init__()
         self.net = nn.Sequential(
             nn.ReLU(),
-            nn.Conv2d(channels, residual_channels, 3, padding=1),
+            same_conv(dimensions, channels, residual_channels, dilation=dilation, causal=causal),
             nn.ReLU(),
-            nn.Conv2d(residual_channels, channels, 1),
+            pointwise(dimensions, residual_channels, channels),
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, channels, H, W) → the same shape."""
+        """(B, channels, ...) → the same shape."""
         residual: Tensor = self.net(x)
         return x + residual
 
@@ -44,10 +60,28 @@ class ResidualStack(nn.Sequential):
         channels: channels of the input and the output.
         residual_channels: channels inside each block.
         num_blocks: how many blocks.
+        dimensions, causal: as `ResidualBlock`.
+        dilations: of the blocks, in turn.
     """
 
-    def __init__(self, channels: int, residual_channels: int, num_blocks: int) -> None:
+    def __init__(
+        self,
+        channels: int,
+        residual_channels: int,
+        num_blocks: int,
+        dimensions: int = 2,
+        *,
+        dilations: Sequence[int] = (1,),
+        causal: bool = False,
+    ) -> None:
         blocks: list[nn.Module] = [
-            ResidualBlock(channels, residual_channels) for _ in range(num_blocks)
+            ResidualBlock(
+                channels,
+                residual_channels,
+                dimensions,
+                dilation=dilations[index % len(dilations)],
+                causal=causal,
+            )
+            for index in range(num_blocks)
         ]
         super().__init__(*blocks, nn.ReLU())

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvq.nn.causal_attention import coordinates
-from fastvq.sampling.plan import AttentionPlan, GatedLayerPlan, PriorPlan
+from fastvq.sampling.plan import AttentionPlan, CausalLayerPlan, PriorPlan
 from fastvq.sampling.request import Conditioning
 from fastvq.sampling.vertical import VerticalStack, gate
 
@@ -27,10 +27,10 @@ from fastvq.sampling.vertical import VerticalStack, gate
 class _GatedState:
     """Horizontal inputs of one gated layer, and its step: a column of the current row."""
 
-    def __init__(self, plan: GatedLayerPlan, row_term: Tensor, n: int, width: int):
+    def __init__(self, plan: CausalLayerPlan, row_term: Tensor, n: int, width: int):
         self._plan = plan
         channels = plan.out_weight.shape[0]
-        row_input = plan.out_weight.new_zeros(n, plan.reach + width, channels)
+        self._row_input = row_input = plan.out_weight.new_zeros(n, plan.reach + width, channels)
         # Views made once: indexing costs as much as a small product.
         span = (plan.taps - 1) * plan.dilation + 1
         self._taps = [
@@ -45,6 +45,11 @@ class _GatedState:
     def store(self, column: int, features: Tensor) -> None:
         """Keep this layer's horizontal input of a column of the current row, (n, C)."""
         self._inputs[column].copy_(features)
+
+    def carry(self) -> None:
+        """Let the row's last inputs stand before the first column."""
+        reach = self._plan.reach
+        self._row_input[:, :reach] = self._row_input[:, -reach:].clone()
 
     def step(self, column: int) -> Tensor:
         """Horizontal output of one column, (n, C), from the inputs stored up to it."""
@@ -67,7 +72,7 @@ class _AttentionState:
         channels = plan.out_weight.shape[0]
         size = channels // plan.heads
         self._keys_values = plan.out_weight.new_zeros(2, n, plan.heads, height * width, size)
-        position = coordinates(height, width, plan.out_weight).flatten(1).T
+        position = coordinates(height, width, like=plan.out_weight).flatten(1).T
         self._position_term = position @ plan.position_weight + plan.bias  # (H·W, 3C)
 
     def step(self, position: int, features: Tensor) -> Tensor:
@@ -101,10 +106,22 @@ class CachedExecutor:
         terms = iter(self._vertical.row_terms)
         self._states: list[_GatedState | _AttentionState] = []
         for layer in plan.layers:
-            if isinstance(layer, GatedLayerPlan):
+            if isinstance(layer, CausalLayerPlan):
                 self._states.append(_GatedState(layer, next(terms), num_samples, width))
             else:
                 self._states.append(_AttentionState(layer, num_samples, height, width))
+
+    def carry(self, last: Tensor) -> None:
+        """Go on to the next stretch of a sequence, as wide as this one, which is complete.
+
+        Args:
+            last: (n,) int64, the codes of its last column.
+        """
+        for number, state in enumerate(self._states):
+            assert isinstance(state, _GatedState)
+            if number == 0:
+                state.store(self._width - 1, self._plan.embedding[last])
+            state.carry()
 
     def step(self, codes: Tensor, row: int, column: int, want_logits: bool) -> Tensor | None:
         """Logits (n, K) at (row, column) given the codes before it, or None where not wanted.

@@ -20,13 +20,13 @@ from torch import Tensor
 
 from fastvq.nn.causal_attention import coordinates
 from fastvq.ops.backends import CPU_EXTENSION
-from fastvq.sampling.plan import AttentionPlan, GatedLayerPlan, PriorPlan
+from fastvq.sampling.plan import AttentionPlan, CausalLayerPlan, PriorPlan
 from fastvq.sampling.request import Conditioning, Request
 from fastvq.sampling.vertical import VerticalStack
 
 _PANEL = 16  # kPanel in kernels/cpu/sample_row.h, whose structs the two formats here mirror
 _LAYER = struct.Struct("13q")
-_PROBLEM = struct.Struct("10q7qq" + "dqdQq")
+_PROBLEM = struct.Struct("10q8qq" + "dqdQq")
 
 
 class Doubt(NamedTuple):
@@ -65,10 +65,12 @@ class CpuRowExecutor:
         self._request = request
         self._vertical = VerticalStack(plan, conditioning, n, width)
         self._kept: list[Tensor] = []  # what the addresses point to
+        self._embedding = plan.embedding
+        self._inputs: list[Tensor] = []  # of each gated layer, (n, reach + W, C)
         terms = iter(self._vertical.row_terms)
         layers = [
             self._gated(layer, next(terms))
-            if isinstance(layer, GatedLayerPlan)
+            if isinstance(layer, CausalLayerPlan)
             else self._attention(layer)
             for layer in plan.layers
         ]
@@ -99,17 +101,30 @@ class CpuRowExecutor:
         ends = n * torch.arange(1, blocks + 1) // blocks
         self._range_of = torch.searchsorted(ends, torch.arange(n), right=True)
 
-    def draw_row(self, codes: Tensor, row: int) -> Iterator[Doubt]:
+    def carry(self, last: Tensor) -> None:
+        """Go on to the next stretch of a sequence, as wide as this one, which is complete.
+
+        Args:
+            last: (n,) int64, the codes of its last column.
+        """
+        width = self._request.width
+        self._inputs[0][:, -1] = self._embedding[last]
+        for inputs in self._inputs:
+            reach = inputs.shape[1] - width
+            inputs[:, :reach] = inputs[:, width:].clone()
+
+    def draw_row(self, codes: Tensor, row: int, position: int | None = None) -> Iterator[Doubt]:
         """Draw the unknown codes (−1) of a row in place, stopping at each doubt.
 
         Args:
             codes: (n, H, W) int64, contiguous, complete above the row. Whoever iterates writes the
                 settled codes before asking for the next doubt.
+            position: of the row's first code in the noise; None: in raster order.
         """
         assert CPU_EXTENSION is not None
         self._vertical.start_row(codes, row)
-        problem = self._problem(codes, row)
         width = self._request.width
+        problem = self._problem(codes, row, row * width if position is None else position)
         self._columns.zero_()
         blocks = len(self._columns)
         while True:
@@ -132,16 +147,17 @@ class CpuRowExecutor:
     def _bytes(content: bytes) -> Tensor:
         return torch.frombuffer(bytearray(content), dtype=torch.int64)
 
-    def _gated(self, plan: GatedLayerPlan, terms: Tensor) -> bytes:
+    def _gated(self, plan: CausalLayerPlan, terms: Tensor) -> bytes:
         """The fields of `SampleRowLayer`."""
         n, channels = self._request.num_samples, plan.out_weight.shape[0]
+        self._inputs.append(terms.new_zeros(n, plan.reach + self._request.width, channels))
         return _LAYER.pack(
             0,
             self._address(_packed(plan.horizontal_weight)),
             self._address(_packed(plan.out_weight)),
             self._address(plan.out_bias),
             self._address(terms),
-            self._address(terms.new_zeros(n, plan.reach + self._request.width, channels)),
+            self._address(self._inputs[-1]),
             *(0, 0),
             *(plan.taps, plan.dilation, plan.reach, plan.residual),
             0,
@@ -152,7 +168,7 @@ class CpuRowExecutor:
         request, channels = self._request, plan.out_weight.shape[0]
         positions = request.height * request.width
         shape = (request.num_samples, plan.heads, channels // plan.heads, positions)
-        position = coordinates(request.height, request.width, plan.out_weight).flatten(1).T
+        position = coordinates(request.height, request.width, like=plan.out_weight).flatten(1).T
         return _LAYER.pack(
             1,
             self._address(_packed(plan.weight)),
@@ -166,7 +182,7 @@ class CpuRowExecutor:
             plan.heads,
         )
 
-    def _problem(self, codes: Tensor, row: int) -> Tensor:
+    def _problem(self, codes: Tensor, row: int, position: int) -> Tensor:
         """The fields of `SampleRowProblem`."""
         assert codes.is_contiguous()
         rule = self._request.rule
@@ -178,7 +194,7 @@ class CpuRowExecutor:
                 codes.data_ptr(),
                 *self._outputs,
                 *self._sizes,
-                row,
+                *(row, position),
                 self._samples,
                 rule.temperature,
                 rule.top_k or 0,

@@ -69,6 +69,7 @@ class Settler:
         column: int,
         logits: Tensor,
         noise: Tensor | None,
+        conditioning: Conditioning | None = None,
     ) -> Tensor:
         """The canonical codes (m,) at (row, column) of the m doubtful samples.
 
@@ -76,12 +77,14 @@ class Settler:
             codes: (n, H, W), complete before the position.
             doubtful: (n,) bool.
             logits, noise: (n, K), as `draw` saw them.
+            conditioning: of these codes, where they are a part of what is drawn.
         Raises:
             RuntimeError: the model's logits are not finite.
         """
         settled = []
         for sample in doubtful.nonzero()[:, 0].split(1):
-            canonical = self._logits(codes[sample], sample)[:, :, row, column]
+            told = (conditioning or self._conditioning).pick(sample, torch.float64)
+            canonical = self._logits(codes[sample], told)[:, :, row, column]
             if not canonical.isfinite().all():
                 raise RuntimeError(
                     f"sample: the model's logits at row {row}, column {column} must be finite; "
@@ -100,14 +103,11 @@ class Settler:
         self.count += len(settled)
         return torch.cat(settled)
 
-    def _logits(self, codes: Tensor, sample: Tensor) -> Tensor:
-        """Canonical logits (1, K, H, W) of one sample; `sample` (1,) is its index."""
+    def _logits(self, codes: Tensor, told: Conditioning) -> Tensor:
+        """Canonical logits (1, K, H, W) of one sample."""
         if self._double is None:
             self._double = eval_copy(self._model, torch.float64)
-        conditioning = self._conditioning.pick(sample, torch.float64)
-        logits: Tensor = self._double(
-            codes.clamp(min=0), conditioning.class_labels, conditioning.condition
-        )
+        logits: Tensor = self._double(codes.clamp(min=0), told.class_labels, told.condition)
         return logits
 
 
@@ -119,6 +119,12 @@ def _noise(request: Request, start: int, count: int) -> Tensor | None:
     samples = torch.arange(first, first + request.num_samples, device=request.device)
     positions = torch.arange(start, start + count, device=request.device)
     return gumbel_noise(request.seed, samples, request.level, positions, request.num_codes)
+
+
+def position_noise(request: Request, position: int) -> Tensor | None:
+    """(n, K) float64 Gumbel noise of one position, or None where the temperature is 0."""
+    noise = _noise(request, position, 1)
+    return None if noise is None else noise[0]
 
 
 class _Noise:
@@ -168,8 +174,7 @@ def _run_rows(executor: CpuRowExecutor, settler: Settler, request: Request, bar:
     codes = _blank(request)
     for row in range(request.height):
         for column, doubtful, logits in executor.draw_row(codes, row):
-            noise = _noise(request, row * request.width + column, 1)
-            noise = None if noise is None else noise[0]
+            noise = position_noise(request, row * request.width + column)
             settled = settler.settle(codes, doubtful, row, column, logits, noise)
             codes[doubtful, row, column] = settled
         if bar is not None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from fastvq.sampling.plan import AttentionPlan, PriorPlan
+from fastvq.sampling.plan import AttentionPlan, GatedLayerPlan, PriorPlan
 from fastvq.sampling.request import Request
 
 _MEMINFO = Path("/proc/meminfo")
@@ -14,6 +14,8 @@ _MEMINFO = Path("/proc/meminfo")
 
 def bytes_per_sample(plan: PriorPlan, height: int, width: int) -> int:
     """Bytes that the buffers of cached sampling take for each map of height × width codes.
+
+    A sequence is a map one row high.
 
     Per gated layer the ring, the row terms and the horizontal inputs; per attention layer keys and
     values; once, the widest layer's gathered taps with their products, the logits, scores and
@@ -26,8 +28,11 @@ def bytes_per_sample(plan: PriorPlan, height: int, width: int) -> int:
             numbers += 2 * height * width * channels
             continue
         reach = layer.reach
-        numbers += (reach + 1) * (width + 2 * reach) * channels
         numbers += 2 * width * channels + (reach + width) * channels
+        if not isinstance(layer, GatedLayerPlan):
+            transient = max(transient, width * 2 * channels)
+            continue
+        numbers += (reach + 1) * (width + 2 * reach) * channels
         taps = layer.rows * layer.kernel_size * channels
         transient = max(transient, width * (taps + 8 * channels))
     return (
@@ -58,8 +63,8 @@ def check_memory(plan: PriorPlan, request: Request) -> None:
     if free is None or each * request.num_samples <= free:
         return
     raise RuntimeError(
-        f"sample: n must be at most {free // each} for maps of {request.height} × {request.width} "
-        f"codes to fit in the {free / 2**30:.1f} GiB that are free; got {request.num_samples}, "
-        f"which needs {each * request.num_samples / 2**30:.1f} GiB. Draw them in parts with "
-        "first_sample: the codes are the same."
+        f"sample: n must be at most {free // each} for {request.what} to fit in the "
+        f"{free / 2**30:.1f} GiB that are free; got {request.num_samples}, which needs "
+        f" {each * request.num_samples / 2**30:.1f} GiB. Draw them in parts with first_sample: the "
+        "codes are the same."
     )

@@ -21,7 +21,8 @@ METHODS = ("cached", "full")
 
 @dataclass(frozen=True)
 class Conditioning:
-    """Class labels (n,) int64 and condition map (n, channels, H, W), each or None."""
+    """Class labels (n,) int64 and condition map (n, channels, H, W), each or None; H is 1 for
+    sequences."""
 
     class_labels: Tensor | None
     condition: Tensor | None
@@ -44,10 +45,13 @@ class Conditioning:
 class Request:
     """Draw `num_samples` maps of `height` × `width` codes out of `num_codes`.
 
+    A sequence, of 1 of `dimensions`, is a map one row high.
+
     Sample s of the request has index first_sample + s in the noise, and `level` says which prior
     of a hierarchy draws. `given` (n, H, W) holds known codes, −1 elsewhere; None: all unknown.
     """
 
+    dimensions: int
     height: int
     width: int
     num_samples: int
@@ -59,6 +63,13 @@ class Request:
     given: Tensor | None
     device: torch.device
     progress: bool
+
+    @property
+    def what(self) -> str:
+        """What each sample is, for a message."""
+        if self.dimensions == 1:
+            return f"sequences of {self.width} codes"
+        return f"maps of {self.height} × {self.width} codes"
 
 
 def _is_int(value: object) -> bool:
@@ -91,7 +102,20 @@ def _check_rule(
     return Filter(float(temperature), top_k, None if top_p is None else float(top_p))
 
 
-def _check_given(given: Tensor, num_samples: int, shape: tuple[int, int], num_codes: int) -> Tensor:
+def check_shape(shape: int | Sequence[int], dimensions: int) -> tuple[int, ...]:
+    """The shape as a tuple of so many positive ints; a sequence's may be one int."""
+    sizes: tuple[int, ...] = ()
+    if isinstance(shape, Sequence):
+        sizes = tuple(shape)
+    elif dimensions == 1:
+        sizes = (shape,)
+    if len(sizes) != dimensions or not all(_is_int(size) and size >= 1 for size in sizes):
+        rule = "two positive ints (H, W)" if dimensions == 2 else "a positive int, T or (T,)"
+        raise ValueError(f"sample: shape must be {rule}; got {shape!r}.")
+    return sizes
+
+
+def _check_given(given: Tensor, num_samples: int, shape: tuple[int, ...], num_codes: int) -> Tensor:
     if given.dtype != torch.int64:
         raise TypeError(f"sample: given must be int64 codes, -1 where unknown; got {given.dtype}.")
     if tuple(given.shape) not in (shape, (num_samples, *shape)):
@@ -107,9 +131,10 @@ def _check_given(given: Tensor, num_samples: int, shape: tuple[int, int], num_co
 
 
 def make_request(
-    shape: Sequence[int],
+    shape: int | Sequence[int],
     n: int,
     *,
+    dimensions: int = 2,
     num_codes: int,
     device: torch.device,
     temperature: float,
@@ -126,17 +151,16 @@ def make_request(
     Raises:
         ValueError, TypeError: an argument breaks its rule; the message names it.
     """
-    sizes = tuple(shape)
-    if len(sizes) != 2 or not all(_is_int(size) and size >= 1 for size in sizes):
-        raise ValueError(f"sample: shape must be two positive ints (H, W); got {shape!r}.")
+    sizes = check_shape(shape, dimensions)
     if not (_is_int(n) and n >= 0):
         raise ValueError(f"sample: n must be an int, at least 0; got {n!r}.")
     if not (_is_int(first_sample) and first_sample >= 0):
         raise ValueError(f"sample: first_sample must be an int, at least 0; got {first_sample!r}.")
-    height, width = sizes
+    height, width = (1, *sizes)[-2:]
     if given is not None:
-        given = _check_given(given, n, (height, width), num_codes).to(device)
+        given = _check_given(given, n, sizes, num_codes).to(device).view(n, height, width)
     return Request(
+        dimensions=dimensions,
         height=height,
         width=width,
         num_samples=n,

@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastvq.sampling.plan import GatedLayerPlan, PriorPlan
+from fastvq.sampling.plan import CausalLayerPlan, GatedLayerPlan, PriorPlan
 from fastvq.sampling.request import Conditioning
 
 
@@ -27,21 +27,46 @@ def gate(features: Tensor) -> Tensor:
     return values.tanh() * gates.sigmoid()
 
 
-class _VerticalLayer:
-    """One gated layer's ring of input rows, and its step: a row."""
+class _RowTerms:
+    """What a row adds to each column's gate in one layer, from class and map."""
 
-    def __init__(self, plan: GatedLayerPlan, conditioning: Conditioning, n: int, width: int):
+    def __init__(self, plan: CausalLayerPlan, conditioning: Conditioning, n: int, width: int):
         self._plan = plan
         self._width = width
-        self._reach = plan.reach
-        channels = plan.out_weight.shape[0]
-        new = plan.out_weight.new_zeros
-        self._ring = new(self._reach + 1, width + 2 * self._reach, n, channels)
-        self.row_term = new(width, n, 2 * channels)
+        self.row_term = plan.out_weight.new_zeros(width, n, 2 * plan.out_weight.shape[0])
         self._class_term: Tensor | None = None
         if plan.class_bias is not None:
             self._class_term = plan.class_bias[conditioning.class_labels]
         self._condition = conditioning.condition
+
+    def fill(self, row: int) -> None:
+        """Fill the terms of a row that has no rows above."""
+        self.row_term.copy_(self._plan.horizontal_bias.expand_as(self.row_term))
+        for added in self._conditioning_terms(row):
+            self.row_term += added
+
+    def _conditioning_terms(self, row: int) -> list[Tensor]:
+        """What class and map add to the row, each broadcastable to (W, n, S)."""
+        terms = []
+        if self._class_term is not None:
+            terms.append(self._class_term)
+        if self._plan.condition_weight is not None:
+            assert self._condition is not None
+            terms.append(self._condition[:, :, row].permute(2, 0, 1) @ self._plan.condition_weight)
+        return terms
+
+
+class _VerticalLayer(_RowTerms):
+    """One gated layer's ring of input rows, and its step: a row."""
+
+    _plan: GatedLayerPlan
+
+    def __init__(self, plan: GatedLayerPlan, conditioning: Conditioning, n: int, width: int):
+        super().__init__(plan, conditioning, n, width)
+        self._reach = plan.reach
+        channels = plan.out_weight.shape[0]
+        shape = (self._reach + 1, width + 2 * self._reach, n, channels)
+        self._ring = plan.out_weight.new_zeros(shape)
 
     def store(self, row: int, features: Tensor) -> None:
         """Keep this layer's vertical input of a row, (W, n, C)."""
@@ -71,19 +96,9 @@ class _VerticalLayer:
         self.row_term.copy_(horizontal)
         return gate(vertical)
 
-    def _conditioning_terms(self, row: int) -> list[Tensor]:
-        """What class and map add to the row, each broadcastable to (W, n, 4C)."""
-        terms = []
-        if self._class_term is not None:
-            terms.append(self._class_term)
-        if self._plan.condition_weight is not None:
-            assert self._condition is not None
-            terms.append(self._condition[:, :, row].permute(2, 0, 1) @ self._plan.condition_weight)
-        return terms
-
 
 class VerticalStack:
-    """The vertical stack of all gated layers.
+    """The vertical stack of all gated layers; of a prior over sequences, their conditioning alone.
 
     Args:
         plan: the prior's weights.
@@ -96,16 +111,18 @@ class VerticalStack:
         self, plan: PriorPlan, conditioning: Conditioning, num_samples: int, width: int
     ) -> None:
         self._embedding = plan.embedding
-        self._layers = [
-            _VerticalLayer(layer, conditioning, num_samples, width)
-            for layer in plan.layers
-            if isinstance(layer, GatedLayerPlan)
-        ]
+        self._layers: list[_VerticalLayer] = []
+        self._sequence_layers: list[_RowTerms] = []
+        for layer in plan.layers:
+            if isinstance(layer, GatedLayerPlan):
+                self._layers.append(_VerticalLayer(layer, conditioning, num_samples, width))
+            elif isinstance(layer, CausalLayerPlan):
+                self._sequence_layers.append(_RowTerms(layer, conditioning, num_samples, width))
 
     @property
     def row_terms(self) -> list[Tensor]:
         """Each gated layer's (W, n, 2C) terms of the row started last, written in place."""
-        return [layer.row_term for layer in self._layers]
+        return [layer.row_term for layer in (*self._layers, *self._sequence_layers)]
 
     def start_row(self, codes: Tensor, row: int) -> None:
         """Fill the terms of a row; the first layer sees the rows above, later ones this row too.
@@ -113,6 +130,10 @@ class VerticalStack:
         Args:
             codes: (n, H, W) int64, complete above the row.
         """
+        for sequence_layer in self._sequence_layers:
+            sequence_layer.fill(row)
+        if not self._layers:
+            return
         first = self._layers[0]
         if row > 0:
             above = self._embedding[codes[:, row - 1]]

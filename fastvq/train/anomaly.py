@@ -43,8 +43,8 @@ class AnomalyModel:
         relative error:  ‖x − x̂‖² / ‖x − mean(x)‖²,   x̂ decoded from the top levels of z(x)
 
     in nats, and as the share of an item's own variance that its reconstruction leaves unexplained,
-    so that neither contrast nor the amount of ink decides. Under a class-conditional prior p is the
-    mixture of its classes, all equally likely.
+    so that neither contrast, loudness nor the amount of ink decides. Under a class-conditional
+    prior p is the mixture of its classes, all equally likely.
 
     The map of surprise lays each code's −log p evenly over the positions that the code covers, and
     adds the levels: summed over the positions it is −log p(z(x)) again.
@@ -79,7 +79,6 @@ class AnomalyModel:
             ValueError: the encoder's output is not finite for some item.
         """
         items = items.to(self.device)
-        shape = items.shape[2:]
         codes, decoded = self._codes_and_reconstruction(items)
         error = (decoded - items).square().mean(dim=1)
         mse = error.flatten(start_dim=1).mean(dim=1)
@@ -89,16 +88,28 @@ class AnomalyModel:
         if self.prior is not None:
             maps = code_nats(self.prior, codes)
             level_nats = torch.stack([one.flatten(start_dim=1).sum(dim=1) for one in maps], dim=1)
-            surprise = torch.stack([spread(one, shape) for one in maps]).sum(dim=0)
+            surprise = self._surprise(maps, items.shape[2:])
         cell = getattr(self.model, "downsample", 1)
         return Measures(level_nats, mse, mse / variance, surprise, cell_means(error, cell))
 
+    def _surprise(self, maps: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
+        """(B, *shape) nats per position; what codes say of positions past the end is cut off."""
+        total = torch.zeros(len(maps[0]), *shape, device=maps[0].device)
+        for below, code_map in enumerate(reversed(maps)):
+            laid = spread(code_map, self.model.downsample << below)
+            for axis, size in enumerate(shape, start=1):
+                laid = laid.narrow(axis, 0, size)
+            total += laid
+        return total
+
     def _codes_and_reconstruction(self, items: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Codes (none of a VAE), and x̂ in 0…1."""
+        """Codes (none of a VAE), and x̂ in the range of the items: 0…1, of sounds −1…1."""
         if not hasattr(self.model, "decode_codes"):
             return [], self.model.decode(self.model.encode(items).mean).float()
         codes = self.model.encode(items)
-        return codes, self.model.decode_codes(codes, levels=self.levels).float().clamp(0.0, 1.0)
+        decoded = self.model.decode_codes(codes, levels=self.levels).float()
+        decoded = decoded[..., : items.shape[-1]]  # of a padded sound
+        return codes, decoded.clamp(-1.0 if items.dim() == 3 else 0.0, 1.0)
 
 
 def code_nats(prior: nn.Module, codes: Sequence[Tensor]) -> list[Tensor]:
@@ -126,19 +137,14 @@ def code_nats(prior: nn.Module, codes: Sequence[Tensor]) -> list[Tensor]:
     return [part.view(one.shape) for part, one in zip(nats.split(sizes, dim=1), codes)]
 
 
-def spread(code_map: Tensor, shape: Sequence[int]) -> Tensor:
-    """(B, *s) per code → (B, *shape) per position, each code's value divided over its cell.
+def spread(code_map: Tensor, cell: int) -> Tensor:
+    """(B, *s) per code → (B, *S) per position, S = s · cell: each value divided over its cell.
 
-    Raises:
-        ValueError: a side of `shape` is no multiple of the map's.
+    A code covers `cell` positions along every axis, and its value is shared among them evenly, so
+    that both maps have the same sum.
     """
-    grid = code_map.shape[1:]
-    for axis, (size, codes) in enumerate(zip(shape, grid), start=1):
-        if size % codes:
-            raise ValueError(
-                f"spread: shape must be multiples of {tuple(grid)}; got {tuple(shape)}."
-            )
-        code_map = code_map.repeat_interleave(size // codes, dim=axis) / (size // codes)
+    for axis in range(1, code_map.dim()):
+        code_map = code_map.repeat_interleave(cell, dim=axis) / cell
     return code_map
 
 

@@ -1,7 +1,8 @@
 """Codes of a whole data set: `extract_codes` writes them, `CodeFolder` reads them.
 
     codes/manifest.json              written last: without it the folder is not whole
-          shard-00000-level0.npy     (n, h, w), the smallest unsigned dtype that holds the codes
+          shard-00000-level0.npy     (n, h, w) or (n, t), the smallest unsigned dtype that holds
+                                     the codes
           shard-00000-level1.npy     …, top level first
           shard-00000-labels.npy     (n,) int64, −1 where the data has no classes
 
@@ -25,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastvq.models import VQVAE2
-from fastvq.train.data import PictureDataset, evaluation_batches, open_source, to_float
+from fastvq.train.data import ItemDataset, evaluation_batches, examples
 from fastvq.train.output_folder import (
     check_free,
     make_partial,
@@ -33,6 +34,7 @@ from fastvq.train.output_folder import (
     partial_path,
 )
 from fastvq.train.processes import several_on_cpus
+from fastvq.train.run_data import data_like, described
 from fastvq.train.run_folder import Run, load_run
 from fastvq.train.stage1 import class_names
 
@@ -46,6 +48,9 @@ def extract_codes(
     out: str | os.PathLike[str],
     *,
     split: str | None = None,
+    only: str | None = None,
+    class_pattern: str | None = None,
+    clip_seconds: float | None = None,
     batch_size: int = 64,
     device: str | torch.device | None = None,
     workers: int | None = None,
@@ -53,20 +58,24 @@ def extract_codes(
     strict: bool = False,
     progress: bool = True,
 ) -> Path:
-    """Encodes every picture of a data set with a trained VQ-VAE; returns `out`.
+    """Encodes every picture or sound of a data set with a trained VQ-VAE; returns `out`.
 
-    Pictures are brought to the size and channels the run was trained with; broken ones are left
-    out and counted. Under `torchrun` or `accelerate launch` each process writes a shard of its
-    own. Everything is written into `out`.partial, which becomes `out` when it is whole.
+    They are brought to the size and channels, or the rate, length and peak, that the run was
+    trained with; broken ones are left out and counted. Under `torchrun` or `accelerate
+    launch` each process writes a shard of its own. Everything is written into `out`.partial, which
+    becomes `out` when it is whole.
 
     Args:
         run_path: a run of kind "vqvae" or "vqvae2".
-        data, split: as `open_source`.
+        data, split, only: as `open_source`.
+        class_pattern: as `open_source`; None: the run's own.
+        clip_seconds: of sounds, how much of each is encoded (from its start, zeros behind); None:
+            as long as the clips of the run.
         out: the folder to write; an existing one is refused unless `overwrite`.
-        batch_size: pictures encoded together.
+        batch_size: pictures or sounds encoded together.
         device: None: this process's GPU where there is one.
-        workers: processes that decode pictures; None chooses.
-        strict: refuse a broken picture instead.
+        workers: processes that decode files; None chooses.
+        strict: refuse a broken file instead.
         progress: show a bar, on the main process.
     Raises:
         ValueError: an argument breaks its rule, or the run, the data or `out` is refused.
@@ -79,11 +88,13 @@ def extract_codes(
         raise ValueError(f"encode: batch_size must be 1 or more; got {batch_size}.")
     check_free("codes", out, MANIFEST, overwrite)
     state = PartialState(cpu=several_on_cpus())
-    channels, height, width = run.resolved["picture_shape"]
-    dataset = PictureDataset(
-        open_source(data, split=split),
-        image_size=(height, width),
-        channels=channels,
+    dataset = data_like(
+        run,
+        data,
+        split=split,
+        only=only,
+        class_pattern=class_pattern,
+        clip_seconds=clip_seconds,
         strict=strict,
     )
     model = cast(VQVAE2, run.model(state.device if device is None else device))
@@ -104,16 +115,16 @@ def extract_codes(
 
 
 class CodeFolder:
-    """The codes of N pictures, memory-mapped. Written by `extract_codes`.
+    """The codes of N pictures or sounds, memory-mapped. Written by `extract_codes`.
 
-    It answers to `training_batches` and `evaluation_batches` as a `PictureDataset` does; their
-    batches then hold "codes", a list of (B, h, w) int64 per level, top first, for "picture".
+    It answers to `training_batches` and `evaluation_batches` as an `ItemDataset` does; their
+    batches then hold "codes", a list of (B, h, w) or (B, t) int64 per level, top first.
 
     Args:
         path: the folder.
     Attributes:
         num_codes: K of each level, top first.
-        shapes: [h, w] of each level.
+        shapes: [h, w] or [t] of each level.
         class_names: the names of the classes; None where there are none.
         num_classes: their number; 0 where there are none.
         labels: (N,) int64 labels, or None.
@@ -123,6 +134,7 @@ class CodeFolder:
         ValueError: not such a folder, or a shard is missing, truncated or altered in its shape.
     """
 
+    noun = "map"
     decodes = False  # reading takes no decoding that worker processes would speed up
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -160,7 +172,7 @@ class CodeFolder:
         return chosen
 
     def codes(self, positions: Sequence[int] | NDArray[np.int64]) -> list[Tensor]:
-        """The codes at `positions`: one (n, h, w) int64 per level, top first.
+        """The codes at `positions`: one (n, *shape) int64 per level, top first.
 
         Raises:
             ValueError: a code is outside its codebook: the shard was altered.
@@ -252,7 +264,7 @@ class _Rows:
 
 def _write_shard(
     model: VQVAE2,
-    dataset: PictureDataset,
+    dataset: ItemDataset,
     folder: Path,
     state: PartialState,
     batch_size: int,
@@ -270,7 +282,7 @@ def _write_shard(
         - len(dataset) * rank // state.num_processes,
         disable=not (progress and state.is_main_process),
         desc="encode",
-        unit="picture",
+        unit=dataset.noun,
         dynamic_ncols=True,
     )
     batches = evaluation_batches(
@@ -282,7 +294,7 @@ def _write_shard(
     )
     with bar, batches:
         for batch in batches:
-            codes = model.encode(to_float(batch["picture"].to(device)))
+            codes = model.encode(examples(batch, device))
             for level, (file, code_map) in enumerate(zip(files, codes)):
                 if bool((code_map < 0).any()):
                     name = dataset.source.name(int(batch["index"][0]))
@@ -301,7 +313,7 @@ def _write_shard(
 
 
 def _manifest(
-    run: Run, model: VQVAE2, dataset: PictureDataset, folder: Path, world_size: int
+    run: Run, model: VQVAE2, dataset: ItemDataset, folder: Path, world_size: int
 ) -> dict[str, Any]:
     """manifest.json from what the processes noted; their notes are removed."""
     shards, broken = [], 0
@@ -330,7 +342,7 @@ def _manifest(
             "path": str(Path(dataset.source.path).absolute()),
             "split": dataset.source.split,
             "description": str(dataset.source),
-            "picture_shape": list(dataset.shape),
+            **described(cast(Any, dataset)),
             "broken": broken,
         },
         "shards": shards,
@@ -355,9 +367,11 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def _level_shapes(model: VQVAE2, shape: tuple[int, int, int]) -> list[tuple[int, int]]:
-    factors = [model.downsample << level for level in reversed(range(model.levels))]
-    return [(shape[1] // factor, shape[2] // factor) for factor in factors]
+def _level_shapes(model: VQVAE2, shape: tuple[int, ...]) -> list[list[int]]:
+    """[h, w] or [t] of each level's codes of data (C, …), top first."""
+    coarsest = model.downsample << (model.levels - 1)
+    top = [-(-size // coarsest) for size in shape[1:]]
+    return [[size << level for size in top] for level in range(model.levels)]
 
 
 def _code_dtype(num_codes: int) -> np.dtype[Any]:

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from fastvq.train.anomaly import SCORES, AnomalyModel, Measures, Standardisation
-from fastvq.train.data import PictureDataset, evaluation_batches, open_source, to_float
+from fastvq.train.data import ItemDataset, evaluation_batches, examples
 from fastvq.train.false_alarms import (
     Scores,
     check_rate,
@@ -37,8 +37,10 @@ from fastvq.train.heat_maps import save_heat_maps
 from fastvq.train.metrics import area_under_roc
 from fastvq.train.output_folder import check_free, make_partial, move_into_place
 from fastvq.train.pictures import save_histogram
+from fastvq.train.run_data import data_like, is_of_sounds
 from fastvq.train.run_folder import load_run
 from fastvq.train.showing import device_of
+from fastvq.train.spectrograms import spectrogram_pictures
 from fastvq.train.stage1 import class_names
 
 REPORT = "report.json"
@@ -123,7 +125,7 @@ class Detection(NamedTuple):
 class _Measured(NamedTuple):
     """The measures of n readable items of a data set."""
 
-    dataset: PictureDataset
+    dataset: ItemDataset
     positions: NDArray[np.int64]
     level_nats: NDArray[np.float64]  # (n, L)
     mse: Scores
@@ -169,9 +171,11 @@ def detect(config: DetectionConfig, *, progress: bool = True) -> Detection:
         load_run(config.run), levels=config.levels, device=device_of(config.device)
     )
     score = _score_of(config, model)
-    data = _open(model, config.data, config.split, config.strict)
+    data = data_like(model.stage1, config.data, split=config.split, strict=config.strict)
     normal = None if config.normal is None else _normal_labels(data, config.normal)
-    held_in = _open(model, config.held_in, config.held_in_split, config.strict)
+    held_in = data_like(
+        model.stage1, config.held_in, split=config.held_in_split, strict=config.strict
+    )
     _check_enough(len(held_in), score, config)
 
     reference = _measure(model, held_in, config, "held-in", progress)
@@ -224,14 +228,7 @@ def _score_of(config: DetectionConfig, model: AnomalyModel) -> str:
     return config.score or "combined"
 
 
-def _open(model: AnomalyModel, path: str, split: str | None, strict: bool) -> PictureDataset:
-    channels, height, width = model.stage1.resolved["picture_shape"]
-    return PictureDataset(
-        open_source(path, split=split), image_size=(height, width), channels=channels, strict=strict
-    )
-
-
-def _normal_labels(data: PictureDataset, names: Sequence[str]) -> list[int]:
+def _normal_labels(data: ItemDataset, names: Sequence[str]) -> list[int]:
     known, own = class_names(data.class_names, data.num_classes), data.labels
     if known is None or own is None:
         raise ValueError(f"detect: normal needs classes; data '{data.source.path}' has none.")
@@ -288,7 +285,7 @@ def _rule(reference: _Measured, score: str, config: DetectionConfig) -> _Rule:
 
 
 def _measure(
-    model: AnomalyModel, dataset: PictureDataset, config: DetectionConfig, name: str, progress: bool
+    model: AnomalyModel, dataset: ItemDataset, config: DetectionConfig, name: str, progress: bool
 ) -> _Measured:
     """All readable items of a data set, one batch in memory."""
     found: list[Measures] = []
@@ -319,7 +316,7 @@ def _measure(
 
 def _batches(
     model: AnomalyModel,
-    dataset: PictureDataset,
+    dataset: ItemDataset,
     config: DetectionConfig,
     name: str,
     progress: bool,
@@ -333,7 +330,7 @@ def _batches(
         ) as batches,
     ):
         for batch in batches:
-            items = to_float(batch["picture"].to(model.device))
+            items = examples(batch, model.device)
             yield batch["index"].numpy(), items, model.measure(items)
             bar.update(len(items))
         broken.update(batches.broken.reasons)
@@ -419,8 +416,15 @@ def _draw_flagged(
             row = chosen[index]
             name = f"{index:0{digits}d}-{_file_stem(row['name'])}.png"
             own = {title: heat[number] for title, heat in maps.items()}
-            save_heat_maps(items[number], own, rule.scales, folder / name)
+            save_heat_maps(_shown(model, items[number]), own, rule.scales, folder / name)
             row["heat_map"] = f"{folder.name}/{name}"
+
+
+def _shown(model: AnomalyModel, item: torch.Tensor) -> torch.Tensor:
+    """(C, H, W) in 0…1: a picture as it is, a sound as its spectrogram."""
+    if not is_of_sounds(model.stage1):
+        return item
+    return spectrogram_pictures(item[None], model.stage1.resolved["sample_rate"])[0]
 
 
 def _file_stem(name: str) -> str:

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastvq.train.pictures import save_grid
@@ -20,12 +21,15 @@ def save_heat_maps(
 
     Args:
         picture: (C, H, W) float 0…1, C = 1 or 3.
-        maps: (H, W) float each, by the title above it.
+        maps: float, by the title above each: (H, W), or (T,) from left to right, brought to W by
+            means.
         scales: the value of each map that is drawn hottest; 0 is cold.
         path: of the PNG.
     """
-    shown = [picture.expand(3, -1, -1)]
+    shown = [picture.cpu().expand(3, -1, -1)]
     for title, heat in maps.items():
+        if heat.dim() == 1:
+            heat = F.adaptive_avg_pool1d(heat[None], picture.shape[2]).expand(picture.shape[1], -1)
         shown.append(overlay(picture, heat / max(scales[title], torch.finfo(torch.float32).tiny)))
     return save_grid(torch.stack(shown), path, column_labels=["", *maps], columns=len(shown))
 

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastvq.models import VAE, VQVAE2, HierarchicalPrior
-from fastvq.train.data import PictureDataset, evaluation_batches, open_source, to_float
+from fastvq.train.data import evaluation_batches, examples
+from fastvq.train.run_data import data_like, is_of_sounds
 from fastvq.train.run_folder import Run, load_run
 
 _LEVELS = 256  # of an 8-bit value
@@ -69,6 +70,13 @@ def area_under_roc(normal: NDArray[np.float64], anomalous: NDArray[np.float64]) 
     below = np.searchsorted(ordered, anomalous, side="left")
     not_above = np.searchsorted(ordered, anomalous, side="right")
     return float((below + not_above).sum()) / (2.0 * len(normal) * len(anomalous))
+
+
+def signal_to_noise(original: Tensor, reconstruction: Tensor) -> Tensor:
+    """SNR of each example in dB, (B,): 10 log10(Σ x² / Σ (x − y)²), both sums at least 1e-10."""
+    signal = original.square().flatten(start_dim=1).sum(dim=1).clamp(min=1e-10)
+    noise = (original - reconstruction).square().flatten(start_dim=1).sum(dim=1).clamp(min=1e-10)
+    return 10.0 * (signal.log10() - noise.log10())
 
 
 class PictureLikelihood:
@@ -245,6 +253,11 @@ def evaluate_bits_per_dim(
     prior = cast(HierarchicalPrior, run.model(device))
     assert run.stage1 is not None
     stage1 = load_run(run.stage1)
+    if is_of_sounds(stage1):
+        raise ValueError(
+            f"run '{run.path}' must be over codes of pictures; they are of sounds, of which "
+            "evaluate_code_bits measures the codes alone."
+        )
     own, own_split = stage1.config["data"], stage1.config["split"]
     fitted = _pictures(stage1, own, own_split, batch_size, fit_pictures)
     likelihood = PictureLikelihood.fit(model, (pictures.to(device) for pictures in fitted))
@@ -255,7 +268,7 @@ def evaluate_bits_per_dim(
     for batch in _batches(stage1, data, split, batch_size, limit):
         if conditional and int(batch["label"].min()) < 0:
             raise ValueError(f"data '{data}': the prior needs class labels; it has none.")
-        pictures = to_float(batch["picture"].to(device))
+        pictures = examples(batch, device)
         codes = model.encode(pictures)
         labels = batch["label"].to(device) if conditional else None
         code_nats -= prior.level_log_prob(codes, labels).double().sum(dim=0).cpu()
@@ -279,17 +292,68 @@ def _pictures(
     run: Run, data: str, split: str | None, batch_size: int, limit: int | None
 ) -> Iterable[Tensor]:
     """Pictures (B, C, H, W) float 0…1 in the shape of a stage-1 run."""
-    return (to_float(batch["picture"]) for batch in _batches(run, data, split, batch_size, limit))
+    return (examples(batch) for batch in _batches(run, data, split, batch_size, limit))
 
 
 def _batches(
-    run: Run, data: str, split: str | None, batch_size: int, limit: int | None
+    run: Run,
+    data: str,
+    split: str | None,
+    batch_size: int,
+    limit: int | None,
+    only: str | None = None,
+    clip_seconds: float | None = None,
 ) -> Iterable[Any]:
-    channels, height, width = run.resolved["picture_shape"]
-    dataset = PictureDataset(
-        open_source(data, split=split), image_size=(height, width), channels=channels
-    )
+    dataset = data_like(run, data, split=split, only=only, clip_seconds=clip_seconds)
     if limit is not None:
         dataset = dataset.subset(range(min(limit, len(dataset))))
     with evaluation_batches(dataset, batch_size=batch_size) as batches:
         yield from batches
+
+
+@torch.no_grad()
+def evaluate_code_bits(
+    prior_run: str | Run,
+    data: str,
+    *,
+    split: str | None = None,
+    only: str | None = None,
+    batch_size: int = 64,
+    limit: int | None = None,
+    device: str | torch.device = "cpu",
+) -> dict[str, float]:
+    """What the codes of sounds cost under a prior: −log2 p(codes), given the true class if any.
+
+    The clips are as long as those whose codes the prior was trained on.
+
+    Args:
+        prior_run: a run of kind "prior" over codes of sounds; its stage-1 run must still be there.
+        data, split, only: as `open_source`; sounds that neither stage has seen.
+        limit: only the first so many sounds; None takes all.
+    Returns:
+        "bits_per_second" of clips (means), "sounds", and "level0_bits_per_code", … from the top.
+    Raises:
+        ValueError: the run is of another kind, or the data is refused.
+    """
+    run = prior_run if isinstance(prior_run, Run) else load_run(prior_run)
+    model = cast(VQVAE2, run.stage1_model(device))
+    prior = cast(HierarchicalPrior, run.model(device))
+    assert run.stage1 is not None
+    stage1 = load_run(run.stage1)
+    rate = stage1.resolved["sample_rate"]
+    length = prior.shapes[-1][0] * model.downsample / rate
+    conditional = run.resolved["model_arguments"]["num_classes"] is not None
+    nats = torch.zeros(len(prior.levels), dtype=torch.float64)
+    places = [0] * len(prior.levels)
+    seconds, count = 0.0, 0
+    for batch in _batches(stage1, data, split, batch_size, limit, only, length):
+        codes = model.encode(examples(batch, device))
+        labels = batch["label"].to(device) if conditional else None
+        nats -= prior.level_log_prob(codes, labels).double().sum(dim=0).cpu()
+        places = [total + level.numel() for total, level in zip(places, codes)]
+        count += len(codes[0])
+        seconds += batch["sound"].numel() / rate
+    result = {"bits_per_second": nats_to_bits(float(nats.sum())) / seconds, "sounds": float(count)}
+    for level, number in enumerate(places):
+        result[f"level{level}_bits_per_code"] = nats_to_bits(float(nats[level])) / number
+    return result

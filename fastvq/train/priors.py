@@ -21,7 +21,7 @@ from fastvq.models import PRESETS, VQVAE2, HierarchicalPrior, preset
 from fastvq.train.codes import CodeFolder
 from fastvq.train.data import (
     BatchIterator,
-    PictureDataset,
+    ItemDataset,
     evaluation_batches,
     split_validation,
     training_batches,
@@ -200,6 +200,7 @@ class PriorTask:
         if not (Path(self.stage1["path"]) / "config.json").is_file():
             return
         from fastvq.train.pictures import save_grid
+        from fastvq.train.spectrograms import save_spectrograms
 
         codes_each = sum(math.prod(shape) for shape in self.model.shapes)
         affordable = max(_DRAWN_CODES // codes_each, 1)
@@ -218,7 +219,11 @@ class PriorTask:
         )
         samples = self._stage1_model().decode_codes([code_map.cpu() for code_map in codes])
         path = pictures / f"samples-step-{step:08d}.png"
-        save_grid(samples.clamp(0.0, 1.0), path, labels=names, columns=columns)
+        rate = load_run(self.stage1["path"]).resolved.get("sample_rate")
+        if rate is None:
+            save_grid(samples.clamp(0.0, 1.0), path, labels=names, columns=columns)
+        else:
+            save_spectrograms(samples.clamp(-1.0, 1.0), rate, path, labels=names, columns=columns)
 
     def _stage1_model(self) -> VQVAE2:
         """The decoder of the codes, on the CPU, read once.
@@ -241,7 +246,7 @@ class PriorTask:
         return codes, batch["label"].to(device) if self.conditional else None
 
 
-def _as_dataset(folder: CodeFolder) -> PictureDataset:
+def _as_dataset(folder: CodeFolder) -> ItemDataset:
     """A `CodeFolder` for the functions of `fastvq.train.data`, which ask of a data set only what
     it has, too: its length, `subset`, `read_batch` and `decodes`."""
-    return cast(PictureDataset, folder)
+    return cast(ItemDataset, folder)

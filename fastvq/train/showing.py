@@ -11,15 +11,16 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fastvq.train.completion import KnownPart, known_part
-from fastvq.train.data import PictureDataset, evaluation_batches, open_source, to_float
+from fastvq.train.data import ItemDataset, evaluation_batches, examples
 from fastvq.train.pictures import level_names, reconstructions, save_grid, save_reconstructions
+from fastvq.train.run_data import data_like
 from fastvq.train.run_folder import Run, load_run
 
 _PER_CLASS = 8  # pictures of each class where no count is asked for
@@ -27,14 +28,15 @@ _MOST_CLASSES = 16  # classes shown where none are asked for
 
 
 class Samples(NamedTuple):
-    """N new pictures on the CPU."""
+    """N new pictures, or sounds, on the CPU."""
 
-    pictures: Tensor  # (N, C, H, W) float32, clamped to 0…1
+    pictures: Tensor  # (N, C, H, W) float32, clamped to 0…1; sounds (N, 1, T), to −1…1
     labels: (
         Tensor | None
     )  # (N,) int64, ascending runs of each class asked for; None without classes
     names: list[str] | None  # the name of each picture's class
     completed: Tensor | None = None  # (C, H, W) what was known of the picture they all complete
+    rate: int | None = None  # of sounds: samples per second
 
 
 class LevelError(NamedTuple):
@@ -80,9 +82,9 @@ def draw_samples(
         ValueError: an argument breaks its rule, or the run cannot give new pictures.
     """
     run = load_run(run_path)
-    _check_count("batch_size", batch_size)
+    check_count("batch_size", batch_size)
     if count is not None:
-        _check_count("count", count)
+        check_count("count", count)
     if seed < 0:
         raise ValueError(f"sample: seed must be 0 or more; got {seed}.")
     if run.kind == "vae":
@@ -101,13 +103,16 @@ def draw_samples(
     options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     options["seed"] = seed
     decoder: Any = run.stage1_model(device_of(device))
+    rate = load_run(run.stage1).resolved.get("sample_rate") if run.stage1 else None
     known: KnownPart | None = None
+    if complete is not None and rate is not None:
+        raise ValueError(f"sample: complete must be left out for sounds; got '{complete}'.")
     if complete is not None:
         known = known_part(run, decoder, complete, keep)
         options["given"] = known.given
     pictures = _draw_from_prior(prior, decoder, total, labels, options, batch_size, progress)
     names = None if labels is None else [_class_name(run, int(label)) for label in labels]
-    return Samples(pictures, labels, names, None if known is None else known.shown)
+    return Samples(pictures, labels, names, None if known is None else known.shown, rate)
 
 
 def save_samples(samples: Samples, path: str | os.PathLike[str]) -> Path:
@@ -138,6 +143,8 @@ def save_sample_array(samples: Samples, path: str | os.PathLike[str]) -> Path:
         ValueError: the path ends otherwise.
     """
     target = check_array_path(path)
+    if samples.rate is not None:
+        raise ValueError("sample: sounds have no array; they are written as WAV files.")
     array = (samples.pictures * 255.0).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
     target.parent.mkdir(parents=True, exist_ok=True)
     if target.suffix == ".npy":
@@ -167,6 +174,7 @@ def show_reconstructions(
     count: int = 8,
     measure: int = 256,
     split: str | None = None,
+    only: str | None = None,
     batch_size: int = 16,
     device: str | None = None,
     workers: int | None = None,
@@ -179,7 +187,7 @@ def show_reconstructions(
         out: path of the PNG.
         count: pictures shown, evenly spaced over the data.
         measure: pictures the errors are taken over, likewise evenly spaced; at least `count`.
-        split: part of the data.
+        split, only: as `open_source`.
         batch_size: pictures at a time.
         device: as `draw_samples`.
         workers: reading processes; None chooses.
@@ -188,8 +196,8 @@ def show_reconstructions(
     Raises:
         ValueError: an argument breaks its rule, or the run is of a prior.
     """
-    _check_count("count", count)
-    _check_count("measure", measure)
+    check_count("count", count)
+    check_count("measure", measure)
     run = load_run(run_path)
     if run.kind == "prior":
         raise ValueError(
@@ -197,16 +205,16 @@ def show_reconstructions(
             f"Name the run whose codes it draws: '{run.stage1}'."
         )
     model = run.model(device_of(device))
-    dataset = _dataset(run, data, split)
-    shown = _evenly(dataset, count)
+    dataset = data_like(run, data, split=split, only=only)
+    shown = evenly(dataset, count)
     with evaluation_batches(shown, batch_size=count, workers=0) as batches:
-        pictures = to_float(next(batches)["picture"]).to(device_of(device))
+        pictures = examples(next(batches), device_of(device))
     save_reconstructions(model, pictures, out)
-    return measure_levels(model, _evenly(dataset, max(count, measure)), batch_size, workers)
+    return measure_levels(model, evenly(dataset, max(count, measure)), batch_size, workers)
 
 
 def measure_levels(
-    model: nn.Module, dataset: PictureDataset, batch_size: int, workers: int | None = None
+    model: nn.Module, dataset: ItemDataset, batch_size: int, workers: int | None = None
 ) -> list[LevelError]:
     """The error of the reconstructions (clamped to 0…1) from the top 1, 2, … all levels."""
     device = next(model.parameters()).device
@@ -214,7 +222,7 @@ def measure_levels(
     elements = 0
     with evaluation_batches(dataset, batch_size=batch_size, workers=workers) as batches:
         for batch in batches:
-            pictures = to_float(batch["picture"].to(device))
+            pictures = examples(batch, device)
             errors = [
                 float((decoded.clamp(0.0, 1.0) - pictures).double().square().sum())
                 for decoded in reconstructions(model, pictures)
@@ -242,7 +250,8 @@ def device_of(device: str | None) -> str:
     return device
 
 
-def _check_count(name: str, value: int) -> None:
+def check_count(name: str, value: int) -> None:
+    """Refuse a number of pictures or sounds below 1."""
     if value < 1:
         raise ValueError(f"{name} must be at least 1; got {value}.")
 
@@ -352,18 +361,13 @@ def _draw_from_prior(
             )
             drawn.append(decoder.decode_codes(codes).float().cpu())
             bar.update(size)
-    return torch.cat(drawn).clamp(0.0, 1.0)
+    return torch.cat(drawn).clamp(0.0 if decoder.dimensions == 2 else -1.0, 1.0)
 
 
-def _dataset(run: Run, data: str | os.PathLike[str], split: str | None) -> PictureDataset:
-    """The data in the size and channels that the run was trained on."""
-    channels, height, width = run.resolved["picture_shape"]
-    return PictureDataset(
-        open_source(data, split=split), image_size=(height, width), channels=channels
-    )
+Items = TypeVar("Items", bound=ItemDataset)
 
 
-def _evenly(dataset: PictureDataset, count: int) -> PictureDataset:
-    """At most `count` pictures of a dataset, evenly spaced."""
+def evenly(dataset: Items, count: int) -> Items:
+    """At most `count` items of a dataset, evenly spaced."""
     count = min(count, len(dataset))
     return dataset.subset([position * len(dataset) // count for position in range(count)])

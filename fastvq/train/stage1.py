@@ -1,4 +1,4 @@
-"""Training of the first stage, pictures to a latent and back: VAE, VQ-VAE, VQ-VAE-2.
+"""Training of the first stage, pictures or sounds to a latent and back: VAE, VQ-VAE, VQ-VAE-2.
 
 Lives here: the settings, what the data decides about the model, and the loss, validation and
 pictures of such a run. The loop itself is in loop.py; priors over the codes are in priors.py.
@@ -18,23 +18,26 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from fastvq.models import PRESETS, VAE, VQVAE2, preset
+from fastvq.nn.spectral_loss import log_spectral_distance
 from fastvq.train.data import (
     BatchIterator,
-    PictureDataset,
+    ItemDataset,
+    SoundDataset,
     evaluation_batches,
-    open_source,
+    examples,
     split_validation,
-    to_float,
     training_batches,
 )
 from fastvq.train.loop import LoopConfig, seed_of, train
-from fastvq.train.metrics import bits_per_dim, peak_signal_to_noise
+from fastvq.train.metrics import bits_per_dim, peak_signal_to_noise, signal_to_noise
+from fastvq.train.run_data import described, open_training_data
 from fastvq.train.run_folder import MODEL_CLASSES, RunFolder
 
 STAGE1_MODELS = ("vae", "vqvae", "vqvae2")
 VALIDATION_PICTURES = 512
 DRAWN_PICTURES = 8
 DRAWN_SAMPLES = 64
+SOUND_DOWNSAMPLE = 64  # samples per bottom code of a sound: arXiv:1711.00937, section 4.3
 _VARIANCE_PICTURES = 2048
 
 
@@ -46,10 +49,16 @@ class Stage1Config(LoopConfig):
         model: "vae", "vqvae" or "vqvae2".
         data: a path, see `open_source`.
         split: which part of the data, where it has parts.
+        only, class_pattern: which of its files, and what their names say of their class; see
+            `open_source`.
         image_size: pixels, square; None: the preset's, else that of the first picture.
         channels: 1 or 3; None: those of the first picture.
         workers: processes that decode pictures; None chooses.
         flip: mirror training pictures at random.
+        sample_rate: of sounds, samples per second; None: that of the first file.
+        clip_seconds: length of the clips that training takes of sounds; None: 1. See
+            `SoundDataset`, which is `moving` in training.
+        peak: scale every sound to this largest absolute value; None: leave it as it is.
         strict: refuse a broken picture instead of skipping it.
         preset: a name in `fastvq.models.PRESETS` (VQ-VAE-2 only).
         model_arguments: constructor arguments that override everything else.
@@ -62,10 +71,15 @@ class Stage1Config(LoopConfig):
     model: str
     data: str
     split: str | None = None
+    only: str | None = None
+    class_pattern: str | None = None
     image_size: int | None = None
     channels: int | None = None
     workers: int | None = None
     flip: bool = False
+    sample_rate: int | None = None
+    clip_seconds: float | None = None
+    peak: float | None = None
     strict: bool = False
     preset: str | None = None
     model_arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -101,7 +115,7 @@ class Stage1Config(LoopConfig):
 
 
 def train_stage1(config: Stage1Config, *, resume: bool = False, progress: bool = True) -> Path:
-    """Trains a VAE, VQ-VAE or VQ-VAE-2 on pictures; returns the run folder.
+    """Trains a VAE, VQ-VAE or VQ-VAE-2 on pictures or sounds; returns the run folder.
 
     Under `torchrun` or `accelerate launch` all processes call this and train together.
 
@@ -157,29 +171,37 @@ class Stage1Task:
     def __init__(self, config: Stage1Config) -> None:
         self.config = config
         self.kind = config.model
-        whole = _open_pictures(config)
+        size = None if config.preset is None else preset(config.preset)["image_size"]
+        whole = open_training_data(config, size)
+        self.of_sounds = isinstance(whole, SoundDataset)
+        if self.of_sounds and self.kind == "vae":
+            raise ValueError(
+                f"train: model must be vqvae or vqvae2 for sounds, which '{config.data}' holds; "
+                "got 'vae'."
+            )
+        self.rate = whole.rate if isinstance(whole, SoundDataset) else 0
         self.training, self.validation = split_validation(
             whole, config.validation_fraction, config.seed
         )
-        self.validation.flip = False
+        self.validation = self.validation.without_augmentation()
         kept = np.linspace(0, len(self.validation) - 1, VALIDATION_PICTURES).round()
         self.validation = self.validation.subset(np.unique(kept.astype(np.int64)))
         arguments = self._model_arguments(whole.shape)
         self.model = build_model(MODEL_CLASSES[self.kind], arguments, config.seed)
-        if isinstance(self.model, VQVAE2):
+        if isinstance(self.model, VQVAE2) and not self.of_sounds:
             check_picture_size(self.model, whole.shape)
         self.binarise = isinstance(self.model, VAE) and (
             self.model.likelihood == "bernoulli" if config.binarise is None else config.binarise
         )
         self.resolved = {
             "model_arguments": cast(Any, self.model).config,
-            "picture_shape": list(whole.shape),
-            "pictures": len(whole),
+            **described(whole),
+            f"{whole.noun}s": len(whole),
             "class_names": class_names(whole.class_names, whole.num_classes),
             "binarise": self.binarise,
         }
 
-    def _model_arguments(self, shape: tuple[int, int, int]) -> dict[str, Any]:
+    def _model_arguments(self, shape: tuple[int, ...]) -> dict[str, Any]:
         """Constructor arguments: the preset's, then what the data says, then the user's."""
         config = self.config
         arguments: dict[str, Any] = {} if config.preset is None else preset(config.preset)["vqvae2"]
@@ -189,6 +211,8 @@ class Stage1Task:
             arguments["likelihood"] = "bernoulli" if shape[0] == 1 else "gaussian"
         else:
             arguments["seed"] = config.seed
+            if self.of_sounds:
+                arguments |= {"dimensions": 1, "downsample": SOUND_DOWNSAMPLE}
             if "data_variance" not in config.model_arguments:
                 measured = config.data_variance == "measured"
                 arguments["data_variance"] = (
@@ -212,7 +236,7 @@ class Stage1Task:
 
     def loss(self, model: nn.Module, batch: Any, device: torch.device) -> dict[str, Tensor]:
         """VAE: nats per picture. VQ: as `VQVAE2` says, perplexity and usage per level, top 0."""
-        out = model(self._pictures(batch, device))
+        out = model(self._examples(batch, device))
         if self.kind == "vae":
             return {
                 "loss": out.loss,
@@ -225,15 +249,18 @@ class Stage1Task:
             "commitment_loss": out.commitment_loss,
             "codebook_loss": out.codebook_loss,
         }
+        if self.of_sounds:
+            values["spectral_loss"] = out.spectral_loss
         for level in range(len(out.codes)):
             values[f"level{level}_perplexity"] = out.perplexity[level]
             values[f"level{level}_usage"] = out.usage[level]
         return values
 
     def validate(self, accelerator: Accelerator) -> dict[str, float]:
-        """Means over at most `VALIDATION_PICTURES` held-out pictures.
+        """Means over at most `VALIDATION_PICTURES` held-out pictures or sounds.
 
-        reconstruction_mse over the elements of the 0…1 pictures, psnr in dB; of a VAE also elbo in
+        reconstruction_mse over the elements of the 0…1 pictures, psnr in dB; of sounds, in place
+        of psnr, snr and log_spectral_distance in dB; of a VAE also elbo in
         nats, and bits_per_dim where its likelihood is over discrete pictures; of the others each
         level's perplexity over the whole set.
         """
@@ -247,12 +274,10 @@ class Stage1Task:
             workers=self.config.workers,
         ) as batches:
             for batch in batches:
-                for name, value in self._validation_sums(self._pictures(batch, device)).items():
+                for name, value in self._validation_sums(self._examples(batch, device)).items():
                     totals[name] = totals[name] + value if name in totals else value
         if not totals:  # a process beyond the number of pictures, or all of them broken
-            zeros = self._validation_sums(
-                torch.zeros(1, *self.resolved["picture_shape"]).to(device)
-            )
+            zeros = self._validation_sums(torch.zeros(1, *self.validation.shape).to(device))
             totals = {name: torch.zeros_like(value) for name, value in zeros.items()}
         summed = {
             name: cast(Tensor, accelerator.reduce(value, reduction="sum"))
@@ -272,46 +297,60 @@ class Stage1Task:
             metrics["bits_per_dim"] = bits_per_dim(-metrics["elbo"], dims)
         return metrics
 
-    def _validation_sums(self, pictures: Tensor) -> dict[str, Tensor]:
-        """Sums over these pictures, by metric, and their count."""
+    def _validation_sums(self, originals: Tensor) -> dict[str, Tensor]:
+        """Sums over these pictures or sounds, by metric, and their count."""
         sums: dict[str, Tensor] = {}
         if isinstance(self.model, VAE):
-            sums["elbo"] = self.model.elbo(pictures).sum()
-            reconstruction = self.model.decode(self.model.encode(pictures).mean)
+            sums["elbo"] = self.model.elbo(originals).sum()
+            reconstruction = self.model.decode(self.model.encode(originals).mean)
         else:
             model = cast(VQVAE2, self.model)
-            codes = model.encode(pictures)
+            codes = model.encode(originals)
             reconstruction = model.decode_codes(codes)
             for level, code_map in enumerate(codes):
                 counts = torch.bincount(code_map.flatten(), minlength=model.num_codes)
                 sums[f"level{level}_histogram"] = counts
-        reconstruction = reconstruction.float().clamp(0.0, 1.0)
-        squared = (reconstruction - pictures).square().flatten(start_dim=1).mean(dim=1)
+        reconstruction = reconstruction.float()[..., : originals.shape[-1]]
+        if not self.of_sounds:
+            reconstruction = reconstruction.clamp(0.0, 1.0)
+        squared = (reconstruction - originals).square().flatten(start_dim=1).mean(dim=1)
         sums["reconstruction_mse"] = squared.sum()
-        sums["psnr"] = peak_signal_to_noise(squared).sum()
+        if self.of_sounds:
+            sums["snr"] = signal_to_noise(originals, reconstruction).sum()
+            distance = log_spectral_distance(originals, reconstruction)
+            sums["log_spectral_distance"] = distance.sum()
+        else:
+            sums["psnr"] = peak_signal_to_noise(squared).sum()
         sums["count"] = torch.full_like(squared, 1.0).sum()
         return {name: value.double() for name, value in sums.items()}
 
     def draw(self, pictures: Path, step: int) -> None:
         """reconstructions-<step>.png, and of a VAE samples-<step>.png."""
-        from fastvq.train.pictures import save_grid, save_reconstructions
-
         device = next(self.model.parameters()).device
         batch = self.validation.read_batch(
             range(min(DRAWN_PICTURES, len(self.validation))), drop_broken=True
         )
         if len(batch["index"]):
-            shown = self._pictures(batch, device)
-            save_reconstructions(
-                self.model, shown, pictures / f"reconstructions-step-{step:08d}.png"
-            )
+            shown = self._examples(batch, device)
+            self._draw_reconstructions(shown, pictures / f"reconstructions-step-{step:08d}.png")
         if isinstance(self.model, VAE):
+            from fastvq.train.pictures import save_grid
+
             samples = self.model.sample(DRAWN_SAMPLES, seed=self.config.seed)
             save_grid(samples, pictures / f"samples-step-{step:08d}.png")
 
-    def _pictures(self, batch: Any, device: torch.device) -> Tensor:
-        pictures = to_float(batch["picture"].to(device, non_blocking=True))
-        return torch.bernoulli(pictures) if self.binarise else pictures
+    def _draw_reconstructions(self, originals: Tensor, path: Path) -> None:
+        from fastvq.train.pictures import save_reconstructions
+        from fastvq.train.spectrograms import save_sound_reconstructions
+
+        if self.of_sounds:
+            save_sound_reconstructions(self.model, originals, self.rate, path)
+        else:
+            save_reconstructions(self.model, originals, path)
+
+    def _examples(self, batch: Any, device: torch.device) -> Tensor:
+        taken = examples(batch, device)
+        return torch.bernoulli(taken) if self.binarise else taken
 
 
 def class_names(names: list[str] | None, num_classes: int) -> list[str] | None:
@@ -321,7 +360,7 @@ def class_names(names: list[str] | None, num_classes: int) -> list[str] | None:
     return [str(label) for label in range(num_classes)] if num_classes else None
 
 
-def check_picture_size(model: VQVAE2, shape: tuple[int, int, int]) -> None:
+def check_picture_size(model: VQVAE2, shape: tuple[int, ...]) -> None:
     """Refuse pictures whose sides the model cannot halve down to its top level.
 
     Raises:
@@ -339,32 +378,19 @@ def check_picture_size(model: VQVAE2, shape: tuple[int, int, int]) -> None:
         )
 
 
-def measured_variance(dataset: PictureDataset) -> float:
-    """Variance of the values 0…1 around their overall mean, of up to 2048 pictures; at least 1e-6.
+def measured_variance(dataset: ItemDataset) -> float:
+    """Variance of the values around their overall mean, of up to 2048 pictures or sounds; at least
+    1e-6.
 
-    The pictures lie evenly over the dataset, numpy adds in one order whatever the thread count,
+    They lie evenly over the dataset, numpy adds in one order whatever the thread count,
     and six digits are kept: the figure depends on the data alone, and a resumed run finds it again.
     """
     kept = np.linspace(0, len(dataset) - 1, min(len(dataset), _VARIANCE_PICTURES)).round()
     count, total, squares = 0, 0.0, 0.0
     for start in range(0, len(kept), 64):
         batch = dataset.read_batch(kept[start : start + 64].astype(np.int64), drop_broken=True)
-        values = to_float(batch["picture"]).double().numpy()
+        values = examples(batch).double().numpy()
         count += values.size
         total += float(values.sum())
         squares += float(np.square(values).sum())
     return max(float(f"{squares / count - (total / count) ** 2:.6g}"), 1e-6)
-
-
-def _open_pictures(config: Stage1Config) -> PictureDataset:
-    size = config.image_size
-    if size is None and config.preset is not None:
-        size = preset(config.preset)["image_size"]
-    return PictureDataset(
-        open_source(config.data, split=config.split),
-        image_size=size,
-        channels=config.channels,
-        flip=config.flip,
-        seed=config.seed,
-        strict=config.strict,
-    )

@@ -42,6 +42,7 @@ struct SampleRowProblem {
   float* logits;                             // (n, K), of the column where a sample stopped
   uint8_t* doubtful;                         // (n,), written by each call
   int64_t n, channels, hidden, K, H, W, row;
+  int64_t position;              // of the row's first code in the noise
   const int64_t* noise_samples;  // (n,), the samples' indices in the noise
   DrawRule rule;
 };

@@ -223,7 +223,7 @@ class RowSampler {
       int64_t* here = code(first_ + s, column);
       if (*here >= 0) continue;
       *here = drawer.draw(problem_.logits + (first_ + s) * problem_.K,
-                          problem_.noise_samples[first_ + s], problem_.row * problem_.W + column);
+                          problem_.noise_samples[first_ + s], problem_.position + column);
       problem_.doubtful[first_ + s] = *here < 0;
       settled &= *here >= 0;
     }

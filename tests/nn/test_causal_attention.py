@@ -37,8 +37,8 @@ def test_equals_an_explicit_softmax(size: tuple[int, int], heads: int) -> None:
 
 
 def test_coordinates_are_centred_at_any_size() -> None:
-    assert coordinates(1, 1, torch.zeros(1)).flatten().tolist() == [0, 0]
-    both = coordinates(2, 4, torch.zeros(1, dtype=torch.float64))
+    assert coordinates(1, 1, like=torch.zeros(1)).flatten().tolist() == [0, 0]
+    both = coordinates(2, 4, like=torch.zeros(1, dtype=torch.float64))
     assert both[0].tolist() == [[-0.5] * 4, [0.5] * 4]
     assert both[1, 0].tolist() == [-0.75, -0.25, 0.25, 0.75]
 

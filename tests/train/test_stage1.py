@@ -98,7 +98,7 @@ def test_the_data_decides_what_the_settings_leave_open(pictures: Path, tmp_path:
     assert isinstance(grey.model, VAE)
     assert grey.model.likelihood == "bernoulli"
     batch = grey.training.read_batch([0, 1])
-    assert grey._pictures(batch, torch.device("cpu")).unique().tolist() == [0.0, 1.0]
+    assert grey._examples(batch, torch.device("cpu")).unique().tolist() == [0.0, 1.0]
 
 
 @pytest.mark.parametrize(
@@ -139,14 +139,7 @@ def test_bad_settings_are_refused_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
-def test_sounds_and_half_precision_without_a_gpu_are_refused(
-    pictures: Path, tmp_path: Path
-) -> None:
-    with wave.open(str(tmp_path / "a.wav"), "wb") as file:
-        file.setparams((1, 2, 8000, 0, "NONE", "none"))
-        file.writeframes(np.zeros(80, np.int16).tobytes())
-    with pytest.raises(ValueError, match="pictures are needed here; it holds sounds"):
-        train_stage1(stage1_config(tmp_path, tmp_path / "run"), progress=False)
+def test_half_precision_without_a_gpu_is_refused(pictures: Path, tmp_path: Path) -> None:
     if not torch.cuda.is_available():
         config = stage1_config(pictures, tmp_path / "run", mixed_precision="fp16")
         with pytest.raises(RuntimeError, match="'fp16' needs a GPU"):

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import TypedDict
+from typing import Any, TypedDict, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from fastvq.train.data.arrays import ArraySource
+from fastvq.train.data.items import ItemDataset, random_words
 from fastvq.train.data.pictures import fit_picture, with_channels
-from fastvq.train.data.source import Array, BrokenItem, Source
+from fastvq.train.data.source import Array, Source
+
+Items = TypeVar("Items", bound=ItemDataset)
 
 
 class Batch(TypedDict):
@@ -34,7 +37,7 @@ class Batch(TypedDict):
     broken: list[tuple[str, str]]
 
 
-class PictureDataset:
+class PictureDataset(ItemDataset):
     """Pictures of one shape (C, H, W), read from a source by position.
 
     Args:
@@ -56,6 +59,9 @@ class PictureDataset:
             (with `strict`, not the first one) can be decoded.
     """
 
+    noun = "picture"
+    shape: tuple[int, int, int]
+
     def __init__(
         self,
         source: Source,
@@ -66,7 +72,7 @@ class PictureDataset:
         seed: int = 0,
         strict: bool = False,
     ) -> None:
-        self.source = source.require("pictures")
+        super().__init__(source.require("pictures"), seed, strict)
         size = (image_size, image_size) if isinstance(image_size, int) else image_size
         if size is not None and (len(size) != 2 or min(size) < 1):
             raise ValueError(
@@ -74,41 +80,20 @@ class PictureDataset:
             )
         if channels not in (None, 1, 3):
             raise ValueError(f"PictureDataset: channels must be 1 or 3; got {channels}.")
-        if seed < 0:
-            raise ValueError(f"PictureDataset: seed must be 0 or more; got {seed}.")
-        self.flip, self.seed, self.strict = flip, seed, strict
-        self.indices = np.arange(len(source), dtype=np.int64)
+        self.flip = flip
         self._resizes = size is not None
         # Decoded at twice the final size or more, a JPEG loses nothing that the resize would keep.
         self._at_least = None if size is None else 2 * max(size)
         _, first = self._read_readable(0, [])
         height, width = size or first.shape[:2]
-        self.shape: tuple[int, int, int] = (channels or first.shape[2], height, width)
+        self.shape = (channels or first.shape[2], height, width)
         self.decodes = not isinstance(source, ArraySource) or first.shape[:2] != (height, width)
 
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    @property
-    def labels(self) -> NDArray[np.int64] | None:
-        """(len,) int64, or None where the source has no classes."""
-        return None if self.source.labels is None else self.source.labels[self.indices]
-
-    @property
-    def class_names(self) -> list[str] | None:
-        """The name of each class of the source; None where they have none."""
-        return self.source.class_names
-
-    @property
-    def num_classes(self) -> int:
-        """Number of classes of the source; 0 where it has none."""
-        return self.source.num_classes
-
-    def subset(self, positions: Sequence[int] | NDArray[np.int64]) -> PictureDataset:
-        """The same dataset with only the pictures at these positions, in their order."""
-        chosen = copy.copy(self)
-        chosen.indices = self.indices[np.asarray(positions, np.int64)]
-        return chosen
+    def without_augmentation(self) -> PictureDataset:
+        """The same dataset, no picture flipped."""
+        plain = copy.copy(self)
+        plain.flip = False
+        return plain
 
     def __getitem__(self, position: int) -> Batch:
         """One picture, (C, H, W), as in epoch 0."""
@@ -145,21 +130,21 @@ class PictureDataset:
             indices = self.indices[np.asarray(positions, np.int64)]
             stacked = with_channels(self.source.gather(indices), self.shape[0])
         else:
-            indices, stacked = self._decode(positions, broken, drop_broken)
+            indices, stacked = self._decoded(positions, broken, drop_broken)
         if self.flip:
             flipped = _coin(self.seed, epoch, indices)
             stacked[flipped] = stacked[flipped, :, ::-1]
-        labels = self.source.labels
         return Batch(
             picture=torch.from_numpy(np.ascontiguousarray(stacked.transpose(0, 3, 1, 2))),
-            label=torch.from_numpy(
-                np.full_like(indices, -1) if labels is None else labels[indices]
-            ),
+            label=self._labels_of(indices),
             index=torch.from_numpy(indices),
             broken=broken,
         )
 
-    def _decode(
+    def _decode(self, index: int) -> Array:
+        return self.source.read(index, at_least=self._at_least)
+
+    def _decoded(
         self,
         positions: Sequence[int] | NDArray[np.int64],
         broken: list[tuple[str, str]],
@@ -167,20 +152,12 @@ class PictureDataset:
     ) -> tuple[NDArray[np.int64], Array]:
         """(indices (B,), pictures (B, H, W, C)), one picture after the other."""
         channels, height, width = self.shape
-        filled = 0
-        indices = np.empty(len(positions), np.int64)
+        indices: list[int] = []
         pictures = np.empty((len(positions), height, width, channels), self.source.dtype)
-        for position in positions:
-            index = int(self.indices[position])
-            picture = self._read(index, broken)
-            if picture is None:
-                if drop_broken:
-                    continue
-                index, picture = self._read_readable(int(position) + 1, broken)
-            indices[filled] = index
-            pictures[filled] = self._to_shape(index, picture)
-            filled += 1
-        return indices[:filled], pictures[:filled]
+        for index, picture in self._readable(positions, broken, drop_broken):
+            pictures[len(indices)] = self._to_shape(index, picture)
+            indices.append(index)
+        return np.array(indices, np.int64), pictures[: len(indices)]
 
     def _to_shape(self, index: int, picture: Array) -> Array:
         channels, height, width = self.shape
@@ -194,31 +171,11 @@ class PictureDataset:
             )
         return with_channels(picture, channels)
 
-    def _read_readable(self, position: int, broken: list[tuple[str, str]]) -> tuple[int, Array]:
-        """(index, picture) of the first readable picture at or after a position, going round."""
-        for step in range(len(self)):
-            index = int(self.indices[(position + step) % len(self)])
-            picture = self._read(index, broken)
-            if picture is not None:
-                return index, picture
-        name, reason = broken[0]
-        raise ValueError(
-            f"data '{self.source.path}': none of these {len(self)} pictures can be decoded; "
-            f"one is {name}: {reason}."
-        )
 
-    def _read(self, index: int, broken: list[tuple[str, str]]) -> Array | None:
-        """One picture; None, and a line in `broken`, where it cannot be decoded."""
-        try:
-            return self.source.read(index, at_least=self._at_least)
-        except BrokenItem as error:
-            if self.strict:
-                raise ValueError(
-                    f"picture {error.name}: it cannot be decoded ({error.reason}). "
-                    "Remove it, or leave out --strict (strict) to skip it."
-                ) from None
-            broken.append((error.name, error.reason))
-            return None
+def examples(batch: Any, device: str | torch.device = "cpu") -> torch.Tensor:
+    """What a model takes of a batch, on `device`: pictures 0…1 as `to_float`, or sounds −1…1."""
+    item = batch["picture"] if "picture" in batch else batch["sound"]
+    return to_float(item.to(device, non_blocking=True))
 
 
 def to_float(pictures: torch.Tensor) -> torch.Tensor:
@@ -231,14 +188,12 @@ def to_float(pictures: torch.Tensor) -> torch.Tensor:
     return pictures.float()
 
 
-def split_validation(
-    dataset: PictureDataset, fraction: float, seed: int = 0
-) -> tuple[PictureDataset, PictureDataset]:
+def split_validation(dataset: Items, fraction: float, seed: int = 0) -> tuple[Items, Items]:
     """Divides a dataset at random into (training, validation), each in the dataset's order.
 
     Args:
-        dataset: at least 2 pictures.
-        fraction: of the pictures that go to validation, between 0 and 1, at least one picture.
+        dataset: at least 2 items.
+        fraction: of the items that go to validation, between 0 and 1, at least one item.
         seed: 0 or more; the same seed gives the same division.
     """
     if not 0.0 < fraction < 1.0:
@@ -247,7 +202,7 @@ def split_validation(
         raise ValueError(f"split_validation: seed must be 0 or more; got {seed}.")
     if len(dataset) < 2:
         raise ValueError(
-            f"split_validation: dataset must hold at least 2 pictures; got {len(dataset)}."
+            f"split_validation: dataset must hold at least 2 {dataset.noun}s; got {len(dataset)}."
         )
     held_out = min(max(round(fraction * len(dataset)), 1), len(dataset) - 1)
     order = np.random.default_rng(seed).permutation(len(dataset))
@@ -255,15 +210,5 @@ def split_validation(
 
 
 def _coin(seed: int, epoch: int, indices: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """One fair bit for each index: the top bit of a hash of (seed, epoch, index).
-
-    The finaliser of SplitMix64 (Steele, Lea and Flood 2014, doi:10.1145/2660193.2660195), once for
-    each number, on a running state.
-    """
-    state = np.zeros(len(indices), np.uint64)
-    for number in (np.uint64(seed), np.uint64(epoch), indices.astype(np.uint64)):
-        state = (state ^ number) + np.uint64(0x9E3779B97F4A7C15)
-        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        state ^= state >> np.uint64(31)
-    return (state >> np.uint64(63)).astype(bool)
+    """One fair bit for each index: the top bit of its random word."""
+    return (random_words(seed, epoch, indices) >> np.uint64(63)).astype(bool)

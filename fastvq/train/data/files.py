@@ -113,10 +113,66 @@ def read_layout(path: Path, names: list[str], split: str | None) -> Layout:
                 stacklevel=3,
             )
         return Layout(names, found, None, None)
-    classes = [name.split("/")[first] for name in names]
+    return Layout(names, found, *_labels([name.split("/")[first] for name in names]))
+
+
+def label_by_name(path: Path, layout: Layout, pattern: str) -> Layout:
+    """The same files, each of the class that the one group of `pattern` finds in its name.
+
+    Args:
+        pattern: a regular expression, searched for in the relative name of every file.
+    Raises:
+        ValueError: not a regular expression with one group, or a name in which it is not found.
+    """
+    expression = _compiled("class_pattern", pattern)
+    if expression.groups != 1:
+        raise ValueError(
+            f"data '{path}': class_pattern must have one group, the class, as in '^([^_]+)_'; "
+            f"got {pattern!r}."
+        )
+    classes = []
+    for name in layout.names:
+        found = expression.search(name)
+        if found is None or not found[1]:
+            raise ValueError(
+                f"data '{path}': class_pattern {pattern!r} finds no class in the name '{name}'."
+            )
+        classes.append(found[1])
+    return Layout(layout.names, layout.split, *_labels(classes))
+
+
+def keep_names(path: Path, layout: Layout, pattern: str) -> Layout:
+    """Only the files in whose relative name `pattern` is found; the numbers of classes stay.
+
+    Raises:
+        ValueError: not a regular expression, or no name has it.
+    """
+    expression = _compiled("only", pattern)
+    kept = [row for row, name in enumerate(layout.names) if expression.search(name)]
+    if not kept:
+        raise ValueError(
+            f"data '{path}': only {pattern!r} is found in none of its {len(layout.names)} names; "
+            f"one is '{layout.names[0]}'."
+        )
+    labels = None if layout.labels is None else layout.labels[kept]
+    names = [layout.names[row] for row in kept]
+    return Layout(names, layout.split, labels, layout.class_names)
+
+
+def _compiled(argument: str, pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ValueError(
+            f"open_source: {argument} must be a regular expression; got {pattern!r} ({error})."
+        ) from None
+
+
+def _labels(classes: list[str]) -> tuple[NDArray[np.int64], list[str]]:
+    """(N,) labels, and the classes' names in natural order."""
     class_names = sorted(set(classes), key=_natural_key)
     label_of = {name: label for label, name in enumerate(class_names)}
-    return Layout(names, found, np.array([label_of[c] for c in classes], np.int64), class_names)
+    return np.array([label_of[c] for c in classes], np.int64), class_names
 
 
 def _shared_folders(names: list[str]) -> tuple[str | None, int]:

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
-from fastvq.train.data.dataset import Batch, PictureDataset
+from fastvq.train.data.items import ItemDataset
 
 
 class _Request(NamedTuple):
@@ -27,13 +27,16 @@ class _Request(NamedTuple):
 
 
 class BrokenItems:
-    """The pictures that could not be decoded so far: each is warned of when it is first met.
+    """The items that could not be decoded so far: each is warned of when it is first met.
 
+    Args:
+        noun: what an item is called.
     Attributes:
         reasons: the reason of each, by its name.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, noun: str = "picture") -> None:
+        self.noun = noun
         self.reasons: dict[str, str] = {}
 
     def add(self, broken: list[tuple[str, str]]) -> None:
@@ -42,7 +45,7 @@ class BrokenItems:
             if name not in self.reasons:
                 self.reasons[name] = reason
                 warnings.warn(
-                    f"picture {name}: it cannot be decoded ({reason}) and is skipped.",
+                    f"{self.noun} {name}: it cannot be decoded ({reason}) and is skipped.",
                     stacklevel=3,
                 )
 
@@ -50,7 +53,7 @@ class BrokenItems:
         return len(self.reasons)
 
     def __str__(self) -> str:
-        count = f"{len(self)} picture{'' if len(self) == 1 else 's'} could not be decoded"
+        count = f"{len(self)} {self.noun}{'' if len(self) == 1 else 's'} could not be decoded"
         return f"{count}: {', '.join(self.reasons)}" if self.reasons else count
 
 
@@ -64,16 +67,16 @@ class BatchIterator:
 
     def __init__(
         self,
-        dataset: PictureDataset,
+        dataset: ItemDataset,
         requests: Iterable[_Request],
         workers: int,
         *,
         drop_broken: bool,
     ) -> None:
         self.wait_seconds = 0.0
-        self.broken = BrokenItems()
+        self.broken = BrokenItems(dataset.noun)
         reader = _Reader(dataset, drop_broken)
-        self._answers: Iterator[Batch | ValueError] | None
+        self._answers: Iterator[Any] | None
         if workers == 0:
             self._answers = map(reader.__getitem__, requests)
         else:
@@ -92,7 +95,7 @@ class BatchIterator:
     def __iter__(self) -> BatchIterator:
         return self
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> Any:
         while self._answers is not None:
             answer = self._next_answer()
             if answer is None:
@@ -106,7 +109,7 @@ class BatchIterator:
         self.close()
         raise StopIteration
 
-    def _next_answer(self) -> Batch | ValueError | None:
+    def _next_answer(self) -> Any:
         assert self._answers is not None
         start = time.perf_counter()
         try:
@@ -117,8 +120,9 @@ class BatchIterator:
                 raise
             self.close()
             raise RuntimeError(
-                "a worker process that reads pictures has died, most often for lack of memory or "
-                "of shared memory (/dev/shm). Use fewer workers, or --workers 0 (workers=0)."
+                f"a worker process that reads {self.broken.noun}s has died, most often for lack of "
+                "memory or of shared memory (/dev/shm). Use fewer workers, or --workers 0 "
+                "(workers=0)."
             ) from error
         finally:
             self.wait_seconds += time.perf_counter() - start
@@ -141,11 +145,11 @@ class _Reader(Dataset[Any]):
     traceback.
     """
 
-    def __init__(self, dataset: PictureDataset, drop_broken: bool) -> None:
+    def __init__(self, dataset: ItemDataset, drop_broken: bool) -> None:
         self._dataset = dataset
         self._drop_broken = drop_broken
 
-    def __getitem__(self, request: _Request) -> Batch | ValueError:
+    def __getitem__(self, request: _Request) -> Any:
         try:
             return self._dataset.read_batch(
                 request.positions, epoch=request.epoch, drop_broken=self._drop_broken
@@ -159,7 +163,7 @@ def _unchanged(answer: Any) -> Any:
 
 
 def training_batches(
-    dataset: PictureDataset,
+    dataset: ItemDataset,
     *,
     batch_size: int,
     seed: int = 0,
@@ -194,7 +198,7 @@ def training_batches(
             raise ValueError(f"training_batches: {name} must be 0 or more; got {value}.")
     if len(dataset) < batch_size * world_size:
         warnings.warn(
-            f"training_batches: {len(dataset)} pictures are fewer than one step takes "
+            f"training_batches: {len(dataset)} {dataset.noun}s are fewer than one step takes "
             f"({world_size} × {batch_size}), so a batch repeats some. Use a smaller batch size.",
             stacklevel=2,
         )
@@ -203,7 +207,7 @@ def training_batches(
 
 
 def evaluation_batches(
-    dataset: PictureDataset,
+    dataset: ItemDataset,
     *,
     batch_size: int,
     rank: int = 0,
@@ -226,7 +230,7 @@ def evaluation_batches(
     return BatchIterator(dataset, requests, _workers(dataset, workers), drop_broken=True)
 
 
-def steps_per_epoch(dataset: PictureDataset, batch_size: int, world_size: int = 1) -> int:
+def steps_per_epoch(dataset: ItemDataset, batch_size: int, world_size: int = 1) -> int:
     """Steps that `training_batches` takes to go through the dataset once; at least 1."""
     return max(1, len(dataset) // (batch_size * world_size))
 
@@ -248,14 +252,14 @@ def _training_requests(
 
 def _check_counts(
     name: str,
-    dataset: PictureDataset,
+    dataset: ItemDataset,
     batch_size: int,
     rank: int,
     world_size: int,
     workers: int | None,
 ) -> None:
     if len(dataset) == 0:
-        raise ValueError(f"{name}: dataset must hold at least one picture; got none.")
+        raise ValueError(f"{name}: dataset must hold at least one {dataset.noun}; got none.")
     if batch_size < 1:
         raise ValueError(f"{name}: batch_size must be 1 or more; got {batch_size}.")
     if not 0 <= rank < world_size:
@@ -264,7 +268,7 @@ def _check_counts(
         raise ValueError(f"{name}: workers must be 0 or more; got {workers}.")
 
 
-def _workers(dataset: PictureDataset, workers: int | None) -> int:
+def _workers(dataset: ItemDataset, workers: int | None) -> int:
     if workers is not None:
         return workers
     if not dataset.decodes:

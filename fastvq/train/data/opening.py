@@ -7,11 +7,17 @@ from pathlib import Path
 
 from fastvq.train.data import pictures, sounds
 from fastvq.train.data.arrays import idx_images, idx_split, is_idx, open_array, open_idx
-from fastvq.train.data.files import SPLITS, Files
+from fastvq.train.data.files import SPLITS, Files, keep_names, label_by_name, read_layout
 from fastvq.train.data.source import Source
 
 
-def open_source(path: str | os.PathLike[str], *, split: str | None = None) -> Source:
+def open_source(
+    path: str | os.PathLike[str],
+    *,
+    split: str | None = None,
+    only: str | None = None,
+    class_pattern: str | None = None,
+) -> Source:
     """Opens the pictures or sounds at a path.
 
     Args:
@@ -23,6 +29,10 @@ def open_source(path: str | os.PathLike[str], *, split: str | None = None) -> So
         split: "train", "val" or "test": the part to open, where the data has parts: IDX files
             named train-… and t10k-…, or folders named train, val and test above the classes. None
             opens the whole, or the train part where there are parts.
+        only: a regular expression: of a folder or a zip, only the files in whose relative name it
+            is found. The classes are those of all files.
+        class_pattern: a regular expression with one group: each file's class is what the group
+            finds in its name, as '^([^_]+)_' finds 7 in 7_anna_3.wav. None: the folders' names.
     Returns:
         A `Source`; its order is natural (2.png before 10.png) and the same everywhere.
     Raises:
@@ -34,12 +44,17 @@ def open_source(path: str | os.PathLike[str], *, split: str | None = None) -> So
         raise ValueError(f"open_source: split must be one of {', '.join(SPLITS)}; got {split!r}.")
     if not path.exists():
         raise ValueError(f"data '{path}': no such file or folder. Check the path.")
-    if path.is_dir():
-        parts = idx_images(path)
-        return _open_idx_folder(path, parts, split) if parts else _open_files(path, split)
+    parts = idx_images(path) if path.is_dir() else []
     suffix = path.suffix.lower()
-    if suffix == ".zip":
-        return _open_files(path, split)
+    if (path.is_dir() and not parts) or (path.is_file() and suffix == ".zip"):
+        return _open_files(path, split, only, class_pattern)
+    if only is not None or class_pattern is not None:
+        raise ValueError(
+            f"data '{path}': only and class_pattern are of folders and zips of files; it is "
+            "none. Leave them out."
+        )
+    if parts:
+        return _open_idx_folder(path, parts, split)
     if suffix in (".npy", ".npz"):
         if split is not None:
             raise ValueError(f"data '{path}': an array has no parts; leave split out.")
@@ -67,7 +82,9 @@ def _open_idx_folder(path: Path, files: list[Path], split: str | None) -> Source
     return open_idx(found[0])
 
 
-def _open_files(path: Path, split: str | None) -> Source:
+def _open_files(
+    path: Path, split: str | None, only: str | None, class_pattern: str | None
+) -> Source:
     files = Files(path)
 
     def having(extensions: tuple[str, ...]) -> list[str]:
@@ -79,10 +96,15 @@ def _open_files(path: Path, split: str | None) -> Source:
             f"data '{path}': it holds {len(picture_names)} pictures and {len(sound_names)} WAV "
             "files. Keep one kind in it."
         )
-    if picture_names:
-        return pictures.PictureFiles(files, picture_names, split)
-    if sound_names:
-        return sounds.SoundFiles(files, sound_names, split)
+    names = picture_names or sound_names
+    if names:
+        layout = read_layout(path, names, split)
+        if class_pattern is not None:
+            layout = label_by_name(path, layout, class_pattern)
+        if only is not None:
+            layout = keep_names(path, layout, only)
+        opened = pictures.PictureFiles if picture_names else sounds.SoundFiles
+        return opened(files, layout)
     raise ValueError(
         f"data '{path}': "
         + (f"none of its {len(files.names)} files is supported. " if files.names else "empty. ")

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastvq.train.data.files import Files, read_layout
+from fastvq.train.data.files import Files, Layout
 from fastvq.train.data.source import Array, BrokenItem, Source
 
 try:
@@ -35,12 +35,10 @@ class PictureFiles(Source):
     kind = "pictures"
     dtype = np.dtype(np.uint8)
 
-    def __init__(self, files: Files, names: list[str], split: str | None) -> None:
+    def __init__(self, files: Files, layout: Layout) -> None:
         self.path = files.path
         self._files = files
-        self._names, self.split, self.labels, self.class_names = read_layout(
-            files.path, names, split
-        )
+        self._names, self.split, self.labels, self.class_names = layout
 
     def __len__(self) -> int:
         return len(self._names)

@@ -79,8 +79,7 @@ def test_a_folder_of_sounds(tmp_path: Path) -> None:
     assert (source.kind, source.class_names) == ("sounds", ["no", "yes"])
     assert str(source) == f"4 sounds in '{tmp_path}', 2 classes, 8000 Hz"
     assert source.read(1).shape == (1, 4)
-    with pytest.raises(ValueError, match="must be 8000 Hz as in the first file; got 4000 Hz"):
-        source.read(2)
+    assert source.read(2).shape == (1, 8)
     with pytest.raises(BrokenItem, match="not a WAV file"):
         source.read(3)
     with pytest.raises(ValueError, match="pictures are needed here; it holds sounds"):
