@@ -34,9 +34,7 @@ def main() -> None:
     parser.add_argument("--no-record", action="store_true", help="print only")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    areas = measure(
-        arguments.run, arguments.data, arguments.side, arguments.levels, arguments.seed
-    )
+    areas = measure(arguments.run, arguments.data, arguments.side, arguments.levels, arguments.seed)
     print("   ".join(f"{name} {area:.4f}" for name, area in areas.items()))
     if not arguments.no_record:
         case = {"side": arguments.side, "levels": arguments.levels, "seed": arguments.seed}
