@@ -346,6 +346,25 @@ def _reconstruct(arguments: argparse.Namespace) -> None:
     print(f"reconstructions: {out}")
 
 
+def _detect(arguments: argparse.Namespace) -> None:
+    from fastvq.train.detection import DetectionConfig, detect
+
+    asked = vars(arguments)
+    fields = {field.name for field in dataclasses.fields(DetectionConfig)}
+    settings = {name: value for name, value in asked.items() if name in fields}
+    if arguments.normal is not None:
+        settings["normal"] = [name.strip() for name in arguments.normal.split(",")]
+    found = detect(DetectionConfig(**settings))
+    for score, area in (found.auroc or {}).items():
+        print(f"{score:<14} AUROC {area:.4f}")
+    left_out = f", {found.broken} left out" if found.broken else ""
+    print(
+        f"flagged: {found.flagged} of {len(found.rows)} (score above {found.threshold:.4g}; at "
+        f"most {arguments.false_alarm_rate:.2g} of normal ones){left_out}"
+    )
+    print(f"detection: {found.path}")
+
+
 def _reconstruct_sounds(arguments: argparse.Namespace, out: str | Path) -> None:
     from fastvq.train.run_folder import load_run
     from fastvq.train.showing import device_of
@@ -553,6 +572,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     "train-classifier": _train_classifier,
     "sample": _sample,
     "reconstruct": _reconstruct,
+    "detect": _detect,
     "evaluate": _evaluate,
     "classify": _classify,
     "info": _info,

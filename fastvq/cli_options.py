@@ -62,6 +62,7 @@ def parser() -> argparse.ArgumentParser:
         _add_train_classifier,
         _add_sample,
         _add_reconstruct,
+        _add_detect,
         _add_evaluate,
         _add_classify,
         _add_info,
@@ -376,6 +377,61 @@ def _add_reconstruct(commands: Any) -> None:
         "--strict", action="store_true", help="sounds: refuse a broken file, not leave it out"
     )
     _add_device_options(command, batch_size=16)
+    command.add_argument("--workers", type=int, metavar="N", help="processes that decode pictures")
+
+
+def _add_detect(commands: Any) -> None:
+    command = _command(
+        commands,
+        "detect",
+        "flag pictures that are unlike those a run was trained on",
+        "Scores every picture by how unlikely its codes are under a prior, by what its\n"
+        "reconstruction misses, and by both; flags those above a threshold that at most the\n"
+        "false-alarm rate of normal pictures exceed, whatever the model, as long as the held-in\n"
+        "pictures are normal and no part of the run was trained on them. Writes a table (CSV and\n"
+        f"JSON lines), a histogram, and heat maps of the flagged pictures.\n\n{_DATA}",
+        "fastvq detect --run runs/parts-prior --data new.zip --held-in good.zip --out found\n"
+        "fastvq detect --run runs/parts --data new.zip --held-in good.zip --out found \\\n"
+        "    --false-alarm-rate 0.01 --strict",
+    )
+    command.add_argument(
+        "--run", required=True, metavar="DIR", help="of a prior; or of a first stage, without codes"
+    )
+    _add_data_options(command)
+    command.add_argument(
+        "--held-in", required=True, metavar="DATA", help="normal pictures, not trained on"
+    )
+    command.add_argument("--held-in-split", choices=("train", "val", "test"), help=_SPLIT_HELP)
+    command.add_argument("--out", required=True, metavar="DIR", help="folder to write")
+    command.add_argument(
+        "--false-alarm-rate",
+        type=float,
+        default=0.05,
+        metavar="SHARE",
+        help="of normal pictures, the share that may be flagged (default 0.05)",
+    )
+    command.add_argument(
+        "--score",
+        choices=("combined", "likelihood", "reconstruction"),
+        help="what is flagged by (default: combined; without a prior, reconstruction)",
+    )
+    command.add_argument(
+        "--levels", type=int, metavar="N", help="reconstruct from the top N levels (default: all)"
+    )
+    command.add_argument(
+        "--normal", metavar="A,B", help="classes of the data that are normal: prints the AUROC"
+    )
+    command.add_argument(
+        "--heat-maps", type=int, metavar="N", help="of the N oddest only (default: all flagged)"
+    )
+    command.add_argument(
+        "--seed", type=int, default=0, help="of the division of --held-in (default 0)"
+    )
+    command.add_argument(
+        "--strict", action="store_true", help="refuse a broken picture, not leave it out"
+    )
+    command.add_argument("--overwrite", action="store_true", help="replace an earlier detection")
+    _add_device_options(command, batch_size=64)
     command.add_argument("--workers", type=int, metavar="N", help="processes that decode pictures")
 
 

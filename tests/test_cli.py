@@ -23,7 +23,7 @@ from fastvq.train.stage1 import Stage1Config
 
 COMMANDS = (
     *("demo", "train", "encode", "train-prior", "train-classifier", "sample", "reconstruct"),
-    *("evaluate", "classify", "info", "bench"),
+    *("detect", "evaluate", "classify", "info", "bench"),
 )
 TINY = ("--hidden-channels", "8", "--num-codes", "8", "--code-dim", "4", "--downsample", "2")
 FEW = ("--steps", "2", "--batch-size", "4", "--validation-fraction", "0.2")
@@ -244,6 +244,24 @@ def test_reconstruct_measures_every_level(
     assert size(out)[1] >= 3 * 64
 
 
+def test_detect(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, data = tmp_path / "found", str(work / "shapes.npz")
+    command = ["detect", "--run", str(work / "prior"), "--data", data, "--held-in", data]
+    command += ["--out", str(out), "--normal", "0, 1", "--heat-maps", "1"]
+    command += ["--score", "likelihood", "--false-alarm-rate", "0.25"]
+    capsys.readouterr()
+    assert cli.main(command) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"^likelihood +AUROC 0\.\d{4}$", text, re.MULTILINE)
+    # Judged by themselves, 24 pictures: 25 · 0.75 rounded up is 19, and 5 lie above the 19th.
+    assert re.search(r"^flagged: 5 of 24 \(score above ", text, re.MULTILINE)
+    rows = [json.loads(line) for line in (out / "scores.jsonl").read_text().splitlines()]
+    assert sum(row["flagged"] for row in rows) == 5
+    assert size(out / next(row["heat_map"] for row in rows if row["heat_map"]))[0] > 3 * 64
+    assert "it exists" in refused(capsys, *command)
+    assert cli.main([*command, "--overwrite", "--levels", "1"]) == 0
+
+
 def test_evaluate(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for run, name in (("vae", "negative_elbo"), ("prior", "total_bits_per_dim")):
         capsys.readouterr()
@@ -258,6 +276,7 @@ def test_wrong_input_ends_in_one_line(
     vq, prior, vae = (str(work / name) for name in ("vq", "prior", "vae"))
     data, new = str(work / "shapes.npz"), str(tmp_path / "new")
     train = ("train", "--data", data, "--run", new, "--model")
+    detect = ("detect", "--data", data, "--held-in", data, "--out", new, "--run")
     cases = {
         ("train", "--run", new): "--model and --data must be given",
         ("train", "--run", new, "--model", "gan"): "invalid choice: 'gan'",
@@ -279,6 +298,10 @@ def test_wrong_input_ends_in_one_line(
         ("sample", "--run", prior, "--device", "quantum"): "device 'quantum' cannot be used",
         ("sample", "--run", vae, "--top-p", "0.5"): "top_p must be left out for a VAE",
         ("reconstruct", "--run", prior, "--data", data): "it is of a prior",
+        ("detect", "--run", prior, "--data", data, "--out", new): "--held-in",
+        (*detect, vq, "--score", "likelihood"): "'likelihood' needs the run of a prior",
+        (*detect, prior): "needs at least 40 held-in items; '" + data + "' has 24",
+        (*detect, prior, "--false-alarm-rate", "2"): "false_alarm_rate must lie between 0 and 1",
         ("evaluate", "--run", vq, "--data", data): "has no likelihood",
         ("sample", "--run", prior, "--save-array", f"{new}.txt"): "must end in .npy or .npz",
     }

@@ -1,1 +1,1 @@
-"""Suites of whole training steps and whole generations."""
+"""Whole training steps, whole generations, and whole runs on real data."""

@@ -267,12 +267,20 @@ class HierarchicalPrior(Pretrained, nn.Module):
         arguments = self._level_arguments(codes, class_labels)
         return [prior(*own) for prior, own in zip(self.levels, arguments)]
 
+    def code_log_prob(
+        self, codes: Sequence[Tensor], class_labels: Tensor | None = None
+    ) -> list[Tensor]:
+        """log p of each code given those before it and all levels above, nats: one map per level.
+
+        Arguments and errors as `forward`; the maps are as `codes`.
+        """
+        arguments = self._level_arguments(codes, class_labels)
+        return [prior.code_log_prob(*own) for prior, own in zip(self._priors(), arguments)]
+
     def level_log_prob(self, codes: Sequence[Tensor], class_labels: Tensor | None = None) -> Tensor:
         """log p of each level's map given the levels above: (B, levels), nats. As `forward`."""
-        arguments = self._level_arguments(codes, class_labels)
-        return torch.stack(
-            [prior.log_prob(*own) for prior, own in zip(self._priors(), arguments)], dim=1
-        )
+        maps = self.code_log_prob(codes, class_labels)
+        return torch.stack([code_map.flatten(start_dim=1).sum(dim=1) for code_map in maps], dim=1)
 
     def log_prob(self, codes: Sequence[Tensor], class_labels: Tensor | None = None) -> Tensor:
         """log p of all levels' maps together: (B,), nats, summed over levels and positions."""

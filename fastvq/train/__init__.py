@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastvq.train.codes import CodeFolder, extract_codes
+    from fastvq.train.detection import DetectionConfig, detect
     from fastvq.train.metrics import evaluate_bits_per_dim, evaluate_elbo
     from fastvq.train.priors import PriorConfig, train_prior
     from fastvq.train.run_folder import Run, load_run
@@ -22,9 +23,11 @@ if TYPE_CHECKING:
 
 _ROOMS = {
     "CodeFolder": "codes",
+    "DetectionConfig": "detection",
     "PriorConfig": "priors",
     "Run": "run_folder",
     "Stage1Config": "stage1",
+    "detect": "detection",
     "evaluate_bits_per_dim": "metrics",
     "evaluate_elbo": "metrics",
     "extract_codes": "codes",
@@ -35,9 +38,11 @@ _ROOMS = {
 
 __all__ = [
     "CodeFolder",
+    "DetectionConfig",
     "PriorConfig",
     "Run",
     "Stage1Config",
+    "detect",
     "evaluate_bits_per_dim",
     "evaluate_elbo",
     "extract_codes",

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -27,8 +26,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastvq.models import VQVAE2
-from fastvq.train.checkpoint import flush
 from fastvq.train.data import ItemDataset, evaluation_batches, examples
+from fastvq.train.output_folder import (
+    check_free,
+    make_partial,
+    move_into_place,
+    partial_path,
+)
 from fastvq.train.processes import several_on_cpus
 from fastvq.train.run_data import data_like, described
 from fastvq.train.run_folder import Run, load_run
@@ -84,7 +88,7 @@ def extract_codes(
         )
     if batch_size < 1:
         raise ValueError(f"encode: batch_size must be 1 or more; got {batch_size}.")
-    _check_free(out, overwrite)
+    check_free("codes", out, MANIFEST, overwrite)
     state = PartialState(cpu=several_on_cpus())
     dataset = data_like(
         run,
@@ -96,11 +100,10 @@ def extract_codes(
         strict=strict,
     )
     model = cast(VQVAE2, run.model(state.device if device is None else device))
-    partial = out.with_name(f"{out.name}.partial")
+    partial = partial_path(out)
     state.wait_for_everyone()
     if state.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        make_partial(out)
     state.wait_for_everyone()
     _write_shard(model, dataset, partial, state, batch_size, workers, progress)
     state.wait_for_everyone()
@@ -108,12 +111,7 @@ def extract_codes(
         manifest = _manifest(run, model, dataset, partial, state.num_processes)
         path = partial / MANIFEST
         path.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-        for written in partial.iterdir():
-            flush(written)
-        flush(partial)
-        if out.exists():
-            shutil.rmtree(out)
-        os.replace(partial, out)
+        move_into_place(partial, out)
     state.wait_for_everyone()
     return out
 
@@ -351,21 +349,6 @@ def _manifest(
         },
         "shards": shards,
     }
-
-
-def _check_free(out: Path, overwrite: bool) -> None:
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return
-    if not overwrite:
-        raise ValueError(
-            f"codes '{out}': it exists. Replace it by --overwrite (overwrite=True), or name "
-            "another folder."
-        )
-    if not (out / MANIFEST).is_file():
-        raise ValueError(
-            f"codes '{out}': it holds something other than codes (no {MANIFEST}), which is not "
-            "overwritten. Name another folder."
-        )
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:

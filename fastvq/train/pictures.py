@@ -1,4 +1,4 @@
-"""The pictures that training and the command line write: grids, reconstructions, curves.
+"""What training and the command line draw: grids, reconstructions, curves, histograms.
 
 All are PNG files, written under a temporary name and moved into place. What is shown in them, and
 when, is decided elsewhere (the training loops, `showing`). Pillow draws the grids, matplotlib the
@@ -154,16 +154,7 @@ def save_curves(metrics: Sequence[Mapping[str, Any]], path: str | os.PathLike[st
     panels = [name for name in _PANELS if any(_panel(key) == name for key in curves)]
     if not panels:
         return None
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise RuntimeError(
-            'save_curves: matplotlib is not installed: pip install "fastvq[train]".'
-        ) from error
-    figure = Figure(figsize=(7, 3 * len(panels)), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
+    figure, axes = _figure(len(panels))
     for axis, name in zip(axes, panels):
         for key, (steps, values) in curves.items():
             if _panel(key) == name:
@@ -180,6 +171,57 @@ def save_curves(metrics: Sequence[Mapping[str, Any]], path: str | os.PathLike[st
             axis.set_yscale("log")  # zeros, such as the codebook loss of an EMA codebook, go
         if name == "usage":
             axis.set_ylim(0.0, 1.05)
+    return _save_figure(figure, path)
+
+
+def save_histogram(
+    groups: Mapping[str, NDArray[np.float64]],
+    path: str | os.PathLike[str],
+    *,
+    threshold: float,
+    label: str,
+) -> Path:
+    """Write how often each score occurs in some groups of items, as one PNG with one panel.
+
+    Args:
+        groups: the scores of each group, by its name in the legend; drawn as shares of the group.
+        path: of the PNG.
+        threshold: marked by a vertical line.
+        label: what the score is, below its axis; shown between the 0.5 and 99.5 % quantiles of
+            all scores, the rest counting at the ends.
+    Raises:
+        RuntimeError: matplotlib is not installed.
+    """
+    figure, (axis,) = _figure(1)
+    ends = np.quantile(np.concatenate([*groups.values(), [threshold]]), [0.005, 0.995])
+    low, high = min(ends[0], threshold), max(ends[1], threshold)
+    edges = np.linspace(low, high if high > low else low + 1.0, 61)
+    for name, scores in groups.items():
+        weights = np.full(len(scores), 1.0 / max(len(scores), 1))
+        clipped = scores.clip(edges[0], edges[-1])
+        axis.hist(clipped, edges, weights=weights, alpha=0.55, label=f"{name} ({len(scores)})")
+    axis.axvline(threshold, color="black", linewidth=1.2, label=f"threshold {threshold:.4g}")
+    axis.set_xlabel(label)
+    axis.set_ylabel("share of the group")
+    axis.legend(fontsize=8)
+    return _save_figure(figure, path)
+
+
+def _figure(panels: int) -> tuple[Any, Any]:
+    """A matplotlib figure of panels one above the other, and their axes."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise RuntimeError(
+            'curves and histograms: matplotlib is not installed: pip install "fastvq[train]".'
+        ) from error
+    figure = Figure(figsize=(7, 3 * panels), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(panels, 1, squeeze=False)[:, 0]
+
+
+def _save_figure(figure: Any, path: str | os.PathLike[str]) -> Path:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return _write(Path(path), buffer.getvalue())

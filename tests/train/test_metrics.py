@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch import Tensor
 from fastvq.train.metrics import (
     PictureLikelihood,
     _log_prob,
+    area_under_roc,
     bits_per_dim,
     evaluate_bits_per_dim,
     evaluate_elbo,
@@ -33,6 +35,20 @@ def test_conversions() -> None:
         bits_per_dim(1.0, 0)
     squared = torch.tensor([1.0, 0.01, 0.0])
     assert peak_signal_to_noise(squared).tolist() == pytest.approx([0.0, 20.0, 100.0])
+
+
+def test_the_area_under_the_roc_curve_counts_pairs() -> None:
+    rng = np.random.default_rng(0)
+    for high in (2, 5, 1000):  # many ties, some, hardly any
+        normal = rng.integers(0, high, 40).astype(float)
+        anomalous = rng.integers(0, high + high // 2, 25).astype(float)
+        pairs = [(a > n) + 0.5 * (a == n) for n in normal for a in anomalous]
+        assert area_under_roc(normal, anomalous) == sum(pairs) / 1000
+    assert area_under_roc(np.zeros(3), np.ones(2)) == 1.0
+    assert area_under_roc(np.ones(2), np.array([-np.inf])) == 0.0
+    assert area_under_roc(np.ones(4), np.ones(4)) == 0.5
+    with pytest.raises(ValueError, match="at least one score each; got 3 and 0"):
+        area_under_roc(np.zeros(3), np.zeros(0))
 
 
 def test_the_likelihood_is_a_distribution_over_256_values() -> None:
