@@ -101,6 +101,9 @@ def _demo(arguments: argparse.Namespace) -> None:
 def _train(arguments: argparse.Namespace) -> None:
     from fastvq.train.stage1 import Stage1Config, train_stage1
 
+    if _is_text_run(arguments):
+        _train_text(arguments)
+        return
     given = _given(arguments, Stage1Config, MODEL_FLAGS)
     if arguments.resume:
         config = _resumed(Stage1Config, arguments.run, given, ("vae", "vqvae", "vqvae2"))
@@ -109,6 +112,36 @@ def _train(arguments: argparse.Namespace) -> None:
         config = Stage1Config(**given)
     path = train_stage1(config, resume=arguments.resume)
     _say_where(path, "fastvq reconstruct shows what it keeps of the data")
+
+
+def _is_text_run(arguments: argparse.Namespace) -> bool:
+    """Whether `train` is asked to train on text, or to go on with such a run."""
+    from fastvq.train.data.text import is_text
+    from fastvq.train.run_folder import load_run
+
+    if arguments.resume:
+        return load_run(arguments.run).kind.startswith("text-")
+    data = getattr(arguments, "data", None)
+    # An IDX file holds zero bytes at its start, an array or a zip has a suffix of its own.
+    return data is not None and is_text(data)
+
+
+def _train_text(arguments: argparse.Namespace) -> None:
+    from fastvq.train.stage1 import Stage1Config
+    from fastvq.train.text import TextConfig, train_text
+
+    given = _given(arguments, TextConfig, MODEL_FLAGS)
+    others = _given(arguments, Stage1Config, {}).keys() - given.keys() - {"model_arguments"}
+    if others:
+        names = ", ".join("--" + name.replace("_", "-") for name in sorted(others))
+        raise ValueError(f"{names} must be left out for text.")
+    if arguments.resume:
+        config = _resumed(TextConfig, arguments.run, given, ("text-vae", "text-vqvae"))
+    else:
+        _require_options(given, "model", "data")
+        config = TextConfig(**given)
+    path = train_text(config, resume=arguments.resume)
+    _say_where(path, "fastvq reconstruct shows what it keeps of the lines")
 
 
 def _encode(arguments: argparse.Namespace) -> None:
@@ -162,6 +195,11 @@ def _sample(arguments: argparse.Namespace) -> None:
         save_samples,
     )
 
+    if _is_of_text(arguments.run):
+        _sample_text(arguments)
+        return
+    if arguments.interpolate is not None:
+        raise ValueError("--interpolate is of runs of text.")
     if arguments.save_array is not None:
         check_array_path(arguments.save_array)
     labels = arguments.class_labels
@@ -190,6 +228,71 @@ def _sample(arguments: argparse.Namespace) -> None:
         print(f"samples: {save_sound_samples(samples, out)} (spectrograms: {out})")
 
 
+def _is_of_text(run: str) -> bool:
+    """Whether a run is of text, or of a prior over codes of text."""
+    from fastvq.train.run_folder import load_run
+    from fastvq.train.text_lines import is_of_text
+
+    opened = load_run(run)
+    return is_of_text(opened if opened.stage1 is None else load_run(opened.stage1))
+
+
+def _sample_text(arguments: argparse.Namespace) -> None:
+    from fastvq.train.run_folder import load_run
+    from fastvq.train.showing import device_of
+    from fastvq.train.text_showing import interpolate_lines, sample_lines
+
+    run, device = load_run(arguments.run), device_of(arguments.device)
+    for name in ("class_labels", "complete", "save_array"):
+        if getattr(arguments, name) is not None:
+            raise ValueError(f"--{name.replace('_', '-')} must be left out for text.")
+    if arguments.interpolate is not None:
+        first, last = arguments.interpolate
+        lines = interpolate_lines(run, first, last, steps=arguments.count or 7, device=device)
+    else:
+        lines = sample_lines(
+            run,
+            arguments.count or 16,
+            seed=arguments.seed,
+            temperature=arguments.temperature,
+            top_k=arguments.top_k,
+            top_p=arguments.top_p,
+            device=device,
+        )
+    text = "".join(f"{line}\n" for line in lines)
+    out = arguments.out or run.pictures / f"samples-{arguments.seed}.txt"
+    Path(out).write_text(text, encoding="utf-8")
+    print(f"{text}samples: {out}")
+
+
+def _reconstruct_text(arguments: argparse.Namespace) -> None:
+    from fastvq.train.run_folder import load_run
+    from fastvq.train.showing import device_of
+    from fastvq.train.text_bits import evaluate_text
+    from fastvq.train.text_showing import reconstruct_lines
+
+    run, device = load_run(arguments.run), device_of(arguments.device)
+    if run.kind == "prior":
+        raise ValueError(
+            f"run '{run.path}' must be of a vae or vqvae; it is of a prior. Name the run whose "
+            f"codes it draws: '{run.stage1}'."
+        )
+    pairs = reconstruct_lines(
+        run, arguments.data, count=arguments.count, split=arguments.split, device=device
+    )
+    text = "".join(f"{line}\n→ {again}\n\n" for line, again in pairs)
+    name = f"reconstructions-{arguments.split or _stem(arguments.data)}.txt"
+    out = arguments.out or run.pictures / name
+    Path(out).write_text(text, encoding="utf-8")
+    print(text, end="")
+    results = evaluate_text(
+        run, arguments.data, split=arguments.split, limit=arguments.measure, baselines=False
+    )
+    for name, value in results.items():
+        print(f"{name}: {value:.6g}")
+    print(f"reconstructions: {out}")
+
+
 def _reconstruct(arguments: argparse.Namespace) -> None:
     from fastvq.train.run_data import is_of_sounds
     from fastvq.train.run_folder import load_run
@@ -197,6 +300,9 @@ def _reconstruct(arguments: argparse.Namespace) -> None:
 
     name = f"reconstructions-{arguments.split or _stem(arguments.data)}.png"
     out = arguments.out or Path(arguments.run) / "pictures" / name
+    if _is_of_text(arguments.run):
+        _reconstruct_text(arguments)
+        return
     if is_of_sounds(load_run(arguments.run)):
         _reconstruct_sounds(arguments, out)
         return
@@ -273,7 +379,11 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         "limit": arguments.limit,
         "device": device_of(arguments.device),
     }
-    if run.kind == "vae":
+    if _is_of_text(arguments.run):
+        from fastvq.train.text_bits import evaluate_text
+
+        results = evaluate_text(run, arguments.data, samples=arguments.samples, **options)
+    elif run.kind == "vae":
         binarise = run.resolved["binarise"]
         results = evaluate_elbo(
             run, arguments.data, binarise=binarise, samples=arguments.samples, **options

@@ -17,8 +17,8 @@ from fastvq.version import __version__
 _DATA = """\
 DATA is a folder of pictures or of WAV files (flat, or one sub-folder per class), a zip of one,
 MNIST-style IDX files (gzipped or not), or an .npy or .npz array (N, H, W), (N, H, W, C) or
-(N, C, H, W) of pictures. WAV files may have any rate, 8, 16, 24 or 32 bits or floats; channels are
-averaged."""
+(N, C, H, W) of pictures; or a text file, every line of which is an example. WAV files may have any
+rate, 8, 16, 24 or 32 bits or floats; channels are averaged."""
 MODEL_FLAGS = {
     "levels": "levels of codes, top to bottom; only vqvae2 (default 2)",
     "num_codes": "codes in each level's codebook (default 512)",
@@ -26,6 +26,7 @@ MODEL_FLAGS = {
     "code_dim": "channels of a code (default 64)",
     "downsample": "pixels per bottom code, along each side; a power of two (default 4)",
     "latent_dim": "size of the latent; only vae (default 32)",
+    "length": "text: bytes of a line, its end included; longer ones are left out (default 128)",
 }
 PRIOR_FLAGS = {
     "hidden_channels": "width of each level's PixelCNN (default 64)",
@@ -287,6 +288,12 @@ def _add_sample(commands: Any) -> None:
         "--complete",
         metavar="PICTURE",
         help="keep the codes of a half of this picture, draw others",
+    )
+    command.add_argument(
+        "--interpolate",
+        nargs=2,
+        metavar=("FIRST", "LAST"),
+        help="vae of text: --count lines on the way between two sentences",
     )
     command.add_argument(
         "--keep",

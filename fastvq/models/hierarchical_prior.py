@@ -94,7 +94,7 @@ class LevelConditioning(nn.Module):
         super().__init__()
         self.embeddings = nn.ModuleList(nn.Embedding(count, channels) for count in num_codes)
         self.conv = CONVOLUTIONS[dimensions](channels, channels, 3, padding=1)
-        self.stack = ResidualStack(channels, channels, num_blocks, dimensions)
+        self.stack = ResidualStack(channels, channels, num_blocks, dimensions=dimensions)
 
     def forward(self, above: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
         """[(B, h, w) int64, …] top first → (B, channels, H, W); H and W multiples of h and w.

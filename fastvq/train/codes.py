@@ -54,7 +54,7 @@ def extract_codes(
     strict: bool = False,
     progress: bool = True,
 ) -> Path:
-    """Encodes every picture or sound of a data set with a trained VQ-VAE; returns `out`.
+    """Encodes every picture, sound or line of a data set with a trained VQ-VAE; returns `out`.
 
     They are brought to the size and channels, or the rate, length and peak, that the run was
     trained with; broken ones are left out and counted. Under `torchrun` or `accelerate
@@ -78,8 +78,10 @@ def extract_codes(
         RuntimeError: the encoder gives a value that is not finite.
     """
     run, out = load_run(run_path), Path(out)
-    if run.kind not in ("vqvae", "vqvae2"):
-        raise ValueError(f"encode: run must be of kind vqvae or vqvae2; got {run.kind!r}.")
+    if run.kind not in ("vqvae", "vqvae2", "text-vqvae"):
+        raise ValueError(
+            f"encode: run must be of kind vqvae, vqvae2 or text-vqvae; got {run.kind!r}."
+        )
     if batch_size < 1:
         raise ValueError(f"encode: batch_size must be 1 or more; got {batch_size}.")
     _check_free(out, overwrite)

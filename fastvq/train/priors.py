@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from fastvq.models import PRESETS, VQVAE2, HierarchicalPrior, preset
+from fastvq.models import PRESETS, VQVAE2, HierarchicalPrior, TextVQVAE, preset
 from fastvq.train.codes import CodeFolder
 from fastvq.train.data import (
     BatchIterator,
@@ -26,6 +26,7 @@ from fastvq.train.data import (
     split_validation,
     training_batches,
 )
+from fastvq.train.data.text import lines_of
 from fastvq.train.loop import LoopConfig, train
 from fastvq.train.metrics import nats_to_bits
 from fastvq.train.run_folder import RunFolder, load_run
@@ -125,7 +126,7 @@ class PriorTask:
             "num_classes": folder.num_classes if self.conditional else None,
         }
         self.model = cast(HierarchicalPrior, build_model(HierarchicalPrior, arguments, config.seed))
-        self._decoder: VQVAE2 | None = None
+        self._decoder: VQVAE2 | TextVQVAE | None = None
         self.stage1 = folder.stage1
         self.resolved = {
             "model_arguments": self.model.config,
@@ -196,8 +197,14 @@ class PriorTask:
         return metrics
 
     def draw(self, pictures: Path, step: int) -> None:
-        """samples-<step>.png, a row per class, where the stage-1 run can still be reached."""
+        """samples-<step>.png, a row per class, where the stage-1 run can still be reached.
+
+        Of codes of text: samples-<step>.txt.
+        """
         if not (Path(self.stage1["path"]) / "config.json").is_file():
+            return
+        if isinstance(self._stage1_model(), TextVQVAE):
+            self._write_lines(pictures / f"samples-step-{step:08d}.txt")
             return
         from fastvq.train.pictures import save_grid
         from fastvq.train.spectrograms import save_spectrograms
@@ -225,7 +232,13 @@ class PriorTask:
         else:
             save_spectrograms(samples.clamp(-1.0, 1.0), rate, path, labels=names, columns=columns)
 
-    def _stage1_model(self) -> VQVAE2:
+    def _write_lines(self, path: Path) -> None:
+        codes = [level.cpu() for level in self.model.sample(8, seed=self.config.seed)]
+        decoder = cast(TextVQVAE, self._stage1_model())
+        drawn = lines_of(decoder.decode_codes(codes, 1.0, seed=self.config.seed, level=1))
+        path.write_text("\n".join(drawn) + "\n", encoding="utf-8")
+
+    def _stage1_model(self) -> VQVAE2 | TextVQVAE:
         """The decoder of the codes, on the CPU, read once.
 
         Raises:
@@ -238,7 +251,7 @@ class PriorTask:
                     f"train: run '{run.path}' has other weights than those that made the codes in "
                     f"'{self.config.codes}'. Extract the codes again."
                 )
-            self._decoder = cast(VQVAE2, run.model())
+            self._decoder = cast(VQVAE2 | TextVQVAE, run.model())
         return self._decoder
 
     def _on(self, batch: Any, device: torch.device) -> tuple[list[Tensor], Tensor | None]:

@@ -7,10 +7,12 @@ these do is in `fastvq.train.data`.
 from __future__ import annotations
 
 import os
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from fastvq.train.data import PictureDataset, SoundDataset, open_source
+from fastvq.train.data.text import TextDataset
 from fastvq.train.run_folder import Run
+from fastvq.train.text_lines import is_of_text, text_like
 
 _PICTURE_OPTIONS = ("image_size", "channels", "flip")
 _SOUND_OPTIONS = ("sample_rate", "clip_seconds", "peak")
@@ -73,8 +75,10 @@ def open_training_data(
     )
 
 
-def described(dataset: PictureDataset | SoundDataset) -> dict[str, Any]:
+def described(dataset: PictureDataset | SoundDataset | TextDataset) -> dict[str, Any]:
     """What `data_like` needs to know of a run's data, JSON-able."""
+    if isinstance(dataset, TextDataset):
+        return {"text_length": dataset.shape[1]}
     if isinstance(dataset, PictureDataset):
         return {"picture_shape": list(dataset.shape)}
     return {
@@ -96,6 +100,8 @@ def data_like(
 ) -> PictureDataset | SoundDataset:
     """Data in the size, channels, rate and loudness that a stage-1 run was trained on.
 
+    Of a run of text: a `TextDataset`, which answers as the others do.
+
     Args:
         run: of stage 1.
         class_pattern: None: the run's own.
@@ -103,6 +109,11 @@ def data_like(
     Raises:
         ValueError: the data is refused, or is of another kind than the run's.
     """
+    if is_of_text(run):
+        for name, value in (("only", only), ("class_pattern", class_pattern)):
+            if value is not None:
+                raise ValueError(f"{name} must be left out for a run of text; got {value!r}.")
+        return cast(PictureDataset, text_like(run, data, split, strict=strict))
     if class_pattern is None:
         class_pattern = run.config.get("class_pattern")
     source = open_source(data, split=split, only=only, class_pattern=class_pattern)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastvq.models import VAE, VQVAE, VQVAE2, HierarchicalPrior
+from fastvq.models import VAE, VQVAE, VQVAE2, HierarchicalPrior, TextVAE, TextVQVAE
 from fastvq.train.checkpoint import (
     AVERAGE,
     MODEL,
@@ -37,6 +37,8 @@ MODEL_CLASSES: dict[str, type[nn.Module]] = {
     "vqvae": VQVAE,
     "vqvae2": VQVAE2,
     "prior": HierarchicalPrior,
+    "text-vae": TextVAE,
+    "text-vqvae": TextVQVAE,
 }
 # What may change when a run is resumed, since the weights of a given step do not depend on it.
 CHANGEABLE = (
@@ -133,7 +135,7 @@ class Run:
         config: every setting, by its name in `Stage1Config` or `PriorConfig`; `config["resolved"]`
             holds what the data decided ("model_arguments", "picture_shape" (C, H, W) or
             "code_shapes", "class_names", …).
-        kind: "vae", "vqvae", "vqvae2" or "prior".
+        kind: "vae", "vqvae", "vqvae2", "prior", "text-vae" or "text-vqvae".
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:

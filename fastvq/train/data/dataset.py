@@ -173,7 +173,11 @@ class PictureDataset(ItemDataset):
 
 
 def examples(batch: Any, device: str | torch.device = "cpu") -> torch.Tensor:
-    """What a model takes of a batch, on `device`: pictures 0…1 as `to_float`, or sounds −1…1."""
+    """What a model takes of a batch, on `device`: pictures 0…1 as `to_float`, sounds −1…1, or
+    lines of text as int64 symbols."""
+    if "text" in batch:
+        text: torch.Tensor = batch["text"].to(device)
+        return text
     item = batch["picture"] if "picture" in batch else batch["sound"]
     return to_float(item.to(device, non_blocking=True))
 
