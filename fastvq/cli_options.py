@@ -482,7 +482,7 @@ def _add_classify(commands: Any) -> None:
     command.add_argument(
         "--clip-seconds", type=float, default=1.0, metavar="S", help="heard of each (default 1)"
     )
-    command.add_argument("--epochs", type=int, default=40, metavar="N", help="(default 40)")
+    command.add_argument("--epochs", type=int, default=60, metavar="N", help="(default 60)")
     command.add_argument("--seed", type=int, default=0, help="of the training (default 0)")
 
 

@@ -100,4 +100,4 @@ def keep_signal_size(network: nn.Module) -> None:
             nn.init.zeros_(module.bias)
     for module in network.modules():
         if isinstance(module, ResidualBlock):
-            nn.init.zeros_(module.net[3].weight)  # type: ignore[arg-type, union-attr]
+            nn.init.zeros_(module.net[3].weight)  # type: ignore[arg-type]

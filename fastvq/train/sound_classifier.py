@@ -73,7 +73,7 @@ class SoundClassifier:
     """
 
     def __init__(
-        self, sounds: Tensor, labels: Tensor, rate: int, *, epochs: int = 40, seed: int = 0
+        self, sounds: Tensor, labels: Tensor, rate: int, *, epochs: int = 60, seed: int = 0
     ) -> None:
         self.rate = rate
         classes = int(labels.max()) + 1
@@ -130,7 +130,7 @@ def judge_sounds(
     class_pattern: str | None = None,
     hold_out: str | None = None,
     seconds: float = 1.0,
-    epochs: int = 40,
+    epochs: int = 60,
     seed: int = 0,
 ) -> Judgement:
     """Train a `SoundClassifier` on real sounds, and let it read others.
