@@ -32,7 +32,6 @@ class OneRow(nn.Module):
     def __init__(self, prior: nn.Module) -> None:
         super().__init__()
         self.prior = prior
-        self.receptive_field = getattr(prior, "receptive_field", (None, None))
 
     @property
     def receptive_field(self) -> tuple[int | None, int | None]:
