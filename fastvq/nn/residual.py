@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from fastvq.nn.convolution import pointwise, same_conv
+from fastvq.nn.dimensions import check_dimensions
 
 
 class ResidualBlock(nn.Module):
@@ -36,6 +37,7 @@ class ResidualBlock(nn.Module):
         dilation: int = 1,
         causal: bool = False,
     ) -> None:
+        check_dimensions("ResidualBlock", dimensions)
         super().__init__()
         self.net = nn.Sequential(
             nn.ReLU(),
