@@ -291,10 +291,10 @@ def _backward(
     if layer.vertical.numel() == 0:
         return tuple(grad.zero_() for grad in grads)
     if layer.backend == "triton":
-        found = _backward_triton(grad_vertical, grad_horizontal, features, wanted, layer)
+        values = _backward_triton(grad_vertical, grad_horizontal, features, wanted, layer)
         return tuple(
             grad if value is None else _laid_out_as(grad, value.view(grad.shape))
-            for grad, value in zip(grads, found)
+            for grad, value in zip(grads, values)
         )
     given, backend = layer.given, layer.backend
     conv_v, conv_h, link, conv_o = layer.convolutions
