@@ -24,10 +24,10 @@ _CONVOLUTION_TESTS = (
     "tests/cuda/test_masked_conv2d.py",
 )
 _CONVOLUTIONS = (
-    ("masked_conv", "bf16"),
+    ("masked_conv2d", "bf16"),
     ("gated_layer", "bfloat16"),
-    ("masked_conv", "float32"),
-    ("masked_conv", "tf32"),
+    ("masked_conv2d", "float32"),
+    ("masked_conv2d", "tf32"),
     ("gated_layer", "float32"),
 )
 
