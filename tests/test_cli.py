@@ -286,7 +286,7 @@ def test_wrong_input_ends_in_one_line(
         (*train, "vqvae", "--set", "nonsense"): "--set must be NAME=VALUE; got 'nonsense'",
         (*train, "vqvae2", "--downsample", "3"): "downsample must be 2, 4, 8, …; got 3",
         (*train, "vqvae2", "--preset", "huge"): "preset must be one of",
-        ("encode", "--run", vae, "--data", data): "must be of kind vqvae or vqvae2; got 'vae'",
+        ("encode", "--run", vae, "--data", data): "must be of kind vqvae, vqvae2 or text-vqvae; got 'vae'",
         ("encode", "--run", new, "--data", data): "no such folder",
         ("train-prior", "--run", new): "--data must be given",
         ("train-prior", "--run", new, "--data", data): data,
