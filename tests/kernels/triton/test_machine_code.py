@@ -159,7 +159,7 @@ def test_folding_overlaps_the_next_product(examined: list[Examined], programs: P
 
 
 def test_the_exact_score_rounds_each_square(programs: Programs) -> None:
-    resolvers = [program for (name, _), program in programs.items() if "resolve" in name]
+    resolvers = [program for (name, _), program in programs.items() if name.startswith("resolve ")]
     assert len(resolvers) >= 3
     for program in resolvers:
         opcodes = {instruction.opcode for instruction in program.instructions}
@@ -205,11 +205,16 @@ def test_every_product_of_a_gated_layer_is_on_the_matrix_unit(programs: Programs
 
 
 def test_sums_rows_and_convolutions_are_free_of_atomics(programs: Programs) -> None:
+    # Bits in shared memory are how sm_100 gives out tensor memory.
     found = {
-        key: opcodes & {"ATOM", "ATOMG", "ATOMS", "RED", "REDG"}
+        key: {
+            instruction.name
+            for instruction in program.instructions
+            if instruction.opcode in {"ATOM", "ATOMG", "ATOMS", "RED", "REDG"}
+            and not instruction.name.startswith(("ATOMS.OR", "ATOMS.AND"))
+        }
         for key, program in programs.items()
         if key[0].startswith(("sums", "rows", "conv"))
-        and (opcodes := {instruction.opcode for instruction in program.instructions})
     }
     assert len(found) >= 60
     assert not any(found.values())
