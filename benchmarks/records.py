@@ -105,7 +105,7 @@ def latest(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
     A red record takes the times that came before it away.
     """
-    timed = [one for one in found if "case" in one and one.get("device", "cpu") == "cpu"]
+    timed = [one for one in found if "cache" in one and one.get("device", "cpu") == "cpu"]
     if not timed:
         return []
     cpu = max(timed, key=lambda record: record["time"])["machine"]["cpu"]

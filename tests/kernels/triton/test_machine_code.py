@@ -35,6 +35,9 @@ SPILLS = {
         ("search D16", 100): 2,
         ("sum_codes D8", 90): 3,
         ("conv gated_masked_conv_backward horizontal half", 100): 4,
+        ("rows vector_quantize_bwd rotation D8", 80): 2,
+        ("rows vector_quantize_bwd rotation D256", 80): 2,
+        ("sampling product gated n64 bfloat16", 100): 12,
     }
 }
 # Instructions per product's result and trip of a masked convolution's main loop, all kinds: below
