@@ -130,7 +130,7 @@ class _Attention:
         weight = layer.out.weight
         size = layer.channels // layer.heads
         self._keys_values = weight.new_zeros(2, n, layer.heads, height * width, size)
-        self._places = coordinates(height, width, weight)
+        self._places = coordinates(height, width, like=weight)
 
     def step(self, row: int, column: int, features: Tensor) -> Tensor:
         layer, n = self._layer, len(features)
