@@ -6,22 +6,13 @@
 // bound is tested in tests/kernels/test_cpu_gated_activation.py) down to 1e-35. NaN gives NaN.
 #pragma once
 
-#include <stdint.h>
-#include <string.h>
+#include "floats.h"
 
 namespace fastvq {
 namespace {
 
-constexpr int64_t kLanes = FASTVQ_VECTOR_BYTES / 4;
-typedef float Floats __attribute__((vector_size(FASTVQ_VECTOR_BYTES)));
 typedef int32_t Ints __attribute__((vector_size(FASTVQ_VECTOR_BYTES)));
 
-inline Floats load(const float* p) {
-  Floats v;
-  memcpy(&v, p, sizeof v);
-  return v;
-}
-inline void store(float* p, Floats v) { memcpy(p, &v, sizeof v); }
 inline Floats all(float value) { return Floats{} + value; }
 
 // exp(x) to about 2 units in the last place; x is cut to −87 … 87. A NaN stays one.

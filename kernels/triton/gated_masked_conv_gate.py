@@ -14,6 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .halves import halves
 from .masked_conv2d_taps import add_products, add_taps, places
 
 # SplitMix64 (Steele, Lea and Flood 2014).
@@ -41,14 +42,6 @@ def _keep(dropout, pixel, first, STACK: tl.constexpr, CHANNELS: tl.constexpr, BL
     bits = _mix(stream + count.to(tl.uint64) * INCREMENT)
     keeps = tl.join((bits & 0xFFFFFFFF).to(tl.int64) >= least, (bits >> 32).to(tl.int64) >= least)
     return tl.reshape(keeps, (pixel.shape[0], BLOCK))
-
-
-@triton.jit
-def _halves(tile):
-    """Left and right halves of a tile's columns."""
-    rows: tl.constexpr = tile.shape[0]
-    width: tl.constexpr = tile.shape[1]
-    return tl.split(tl.permute(tl.reshape(tile, (rows, 2, width // 2)), (0, 2, 1)))
 
 
 @triton.jit
@@ -195,7 +188,7 @@ def gated_masked_conv_kernel(
     if STACK == 0:
         # Rounded as the link and the way back read it.
         rounded = features.to(features_ptr.dtype.element_ty)
-        first, second = _halves(rounded)
+        first, second = halves(rounded)
         _store_pair(features_ptr, first, second, pixel, c, exists, CHANNELS)
         features = rounded.to(tl.float32)
     features = _conditioned(
@@ -203,7 +196,7 @@ def gated_masked_conv_kernel(
         *(CHANNELS, CONDITION_CHANNELS, STACK, HAS_CLASS),
         *(BLOCK_D, PRECISION, STAGES, INTERPRETED),
     )
-    values, gates = _halves(features)
+    values, gates = halves(features)
     value, _ = _tanh(values)
     gate, _ = _sigmoid(gates)
     gated = value * gate
@@ -276,7 +269,7 @@ def gated_masked_conv_backward_kernel(
         *(CHANNELS, CONDITION_CHANNELS, STACK, HAS_CLASS),
         *(BLOCK_D, PRECISION, STAGES, INTERPRETED),
     )
-    values, gates = _halves(features)
+    values, gates = halves(features)
     value, value_slope = _tanh(values)
     gate, gate_slope = _sigmoid(gates)
     if DROPS:
@@ -298,7 +291,7 @@ def gated_masked_conv_backward_kernel(
             *(through_ptr, through_weight_ptr, f_row, place, through_steps),
             *(2 * CHANNELS, BLOCK_D, PRECISION, STAGES, INTERPRETED),
         )
-        back_value, back_gate = _halves(back)
+        back_value, back_gate = halves(back)
         grad_value += back_value
         grad_gate += back_gate
         _store_pair(grad_features_ptr, grad_value, grad_gate, pixel, c, exists, CHANNELS)

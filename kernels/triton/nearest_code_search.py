@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .halves import halves
 from .nearest_code_rows import (
     EXPONENT,
     LOWEST,
@@ -25,20 +26,12 @@ from .nearest_code_rows import (
 
 
 @triton.jit
-def _halves(tile):
-    """Left and right halves of a tile's columns."""
-    rows: tl.constexpr = tile.shape[0]
-    width: tl.constexpr = tile.shape[1]
-    return tl.split(tl.permute(tl.reshape(tile, (rows, 2, width // 2)), (0, 2, 1)))
-
-
-@triton.jit
 def _slot_maxima(tile, GROUP: tl.constexpr):
     """Column s of the result is the largest of columns s, s + W, s + 2W …; W = width/GROUP."""
     if GROUP == 1:
         top = tile
     else:
-        left, right = _halves(tile)
+        left, right = halves(tile)
         top = tl.maximum(_slot_maxima(left, GROUP // 2), _slot_maxima(right, GROUP // 2))
     return top
 
