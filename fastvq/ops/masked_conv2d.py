@@ -289,10 +289,9 @@ def _backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients to x, weight and bias; one that is not wanted is empty."""
-    grads = _backward_fake(
+    grad_x, grad_weight, grad_bias = _backward_fake(
         grad, x, weight, mask_type, dilation, groups, channel_groups, wanted, backend
     )
-    grad_x, grad_weight, grad_bias = grads
     if backend == "triton":
         from fastvq.kernels.triton import masked_conv2d as kernels
 
@@ -303,11 +302,8 @@ def _backward(
             size = (weight.shape[2], weight.shape[3])
             found = kernels.masked_conv2d_backward_weight(grad, x, size, mask_type, dilation)
             grad_weight = _in_format_of(grad_weight, found)
-        if wanted[2]:
-            torch.sum(grad, dim=(0, 2, 3), out=grad_bias)
-        return grad_x, grad_weight, grad_bias
-    grad_weight.zero_()
-    if backend == "cpp":
+    elif backend == "cpp":
+        grad_weight.zero_()
         taps = live_taps.masked_taps((weight.shape[2], weight.shape[3]), dilation)
         parts, parts_of_x = live_taps.masked_parts(
             mask_type, groups, channel_groups, x.shape[1], weight.shape[0]
@@ -319,10 +315,10 @@ def _backward(
             live_taps.backward_weight(grad, x, grad_weight, bias_too, taps, parts)
     else:
         mask = live_rectangles.Mask(mask_type, dilation, groups, channel_groups)
-        live_rectangles.backward(grad, x, weight, mask, grad_x.zero_(), grad_weight)
+        live_rectangles.backward(grad, x, weight, mask, grad_x.zero_(), grad_weight.zero_())
     if wanted[2] and not (backend == "cpp" and wanted[1]):
         torch.sum(grad, dim=(0, 2, 3), out=grad_bias)
-    return grads
+    return grad_x, grad_weight, grad_bias
 
 
 def _backward_fake(
