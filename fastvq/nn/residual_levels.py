@@ -8,6 +8,7 @@ and how one level's residual reaches the next, is `residual_vq.py`, `residual_fs
 
 from __future__ import annotations
 
+import abc
 import random
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -30,7 +31,7 @@ def shared_seed(device: torch.device) -> int:
     return int(seed)
 
 
-class ResidualLevels(nn.Module):
+class ResidualLevels(nn.Module, abc.ABC):
     """Q quantizers in turn, each on what those before it left.
 
     With quantizer dropout a training step runs only the first n levels, where
@@ -77,9 +78,9 @@ class ResidualLevels(nn.Module):
         multiple = self.quantize_dropout_multiple_of
         return min(-(-(last + 1) // multiple) * multiple, self.num_quantizers)
 
+    @abc.abstractmethod
     def _level_codes(self, level: int, indices: Tensor) -> Tensor:
         """(…, d): what the level adds to the sum for these indices; zeros for −1."""
-        raise NotImplementedError
 
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
         """(Q, B, …, d): the code of every level for indices (B, …, Q); zeros where −1.
