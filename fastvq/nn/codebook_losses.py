@@ -45,6 +45,13 @@ def orthogonal_loss(
     return loss.mean()
 
 
+def codes_in_use(indices: Tensor, num_codes: int) -> Tensor:
+    """(h, K) bool: which codes the (h, N) indices name; −1 names none."""
+    used = indices.new_zeros((len(indices), num_codes + 1), dtype=torch.bool)
+    # −1 goes to a column of its own.
+    return used.scatter(1, torch.where(indices < 0, num_codes, indices), True)[:, :num_codes]
+
+
 def _some_codes(
     codes: Tensor, active: Tensor | None, max_codes: int
 ) -> tuple[Tensor, Tensor | None]:

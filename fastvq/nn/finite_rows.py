@@ -1,4 +1,4 @@
-"""Linear maps that a row which is not finite passes by.
+"""Linear maps around a quantizer, that a row which is not finite passes by.
 
 Its product with a gradient of zero would be NaN, in the gradient of every weight.
 """
@@ -30,3 +30,12 @@ def projected(projection: nn.Module, rows: Tensor) -> Tensor:
         return out
     finite = rows.isfinite().all(dim=-1, keepdim=True)
     return torch.where(finite, projection(torch.where(finite, rows, 0.0)), torch.nan)
+
+
+def linear_projections(
+    dim: int, width: int, needed: bool, bias: bool = True
+) -> tuple[nn.Module, nn.Module]:
+    """A quantizer's `project_in` (dim → width) and `project_out`; identities where not needed."""
+    if not needed:
+        return nn.Identity(), nn.Identity()
+    return nn.Linear(dim, width, bias=bias), nn.Linear(width, dim, bias=bias)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from .finite_rows import projected
+from .finite_rows import linear_projections, projected
 from .scalar_levels import ScalarLevels
 
 # Sums of integers up to this are exact in float32.
@@ -112,12 +112,9 @@ class FSQ(nn.Module):
         self.force_quantization_f32 = force_quantization_f32
         self.codebook_size = math.prod(levels)
         self.has_projections = self.dim != self.effective_codebook_dim
-        self.project_in: nn.Module = nn.Identity()
-        self.project_out: nn.Module = nn.Identity()
-        if self.has_projections:
-            width, bias = self.effective_codebook_dim, projection_has_bias
-            self.project_in = nn.Linear(self.dim, width, bias=bias)
-            self.project_out = nn.Linear(width, self.dim, bias=bias)
+        self.project_in, self.project_out = linear_projections(
+            self.dim, self.effective_codebook_dim, self.has_projections, projection_has_bias
+        )
         basis = [math.prod(levels[:i]) for i in range(len(levels))]
         self.register_buffer("_levels", torch.tensor(levels, dtype=torch.int32), persistent=False)
         basis_dtype = torch.int32 if self.codebook_size <= 2**31 else torch.int64

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .finite_rows import projected
+from .finite_rows import linear_projections, projected
 from .fsq import FSQ
 from .precision import without_autocast
 from .residual_levels import ResidualGroups, ResidualLevels
@@ -73,8 +73,7 @@ class ResidualFSQ(ResidualLevels):
         width = len(levels)
         dim = width if dim is None else dim
         self.has_projections = dim != width
-        self.project_in = nn.Linear(dim, width) if self.has_projections else nn.Identity()
-        self.project_out = nn.Linear(width, dim) if self.has_projections else nn.Identity()
+        self.project_in, self.project_out = linear_projections(dim, width, self.has_projections)
         self.is_channel_first = is_channel_first
         self.levels = levels
         self.layers = nn.ModuleList(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .finite_rows import projected
+from .finite_rows import linear_projections, projected
 from .lfq import LFQ
 from .precision import without_autocast
 from .residual_levels import ResidualGroups, ResidualLevels
@@ -55,8 +55,7 @@ class ResidualLFQ(ResidualLevels):
         )
         width = codebook_size.bit_length() - 1
         self.has_projections = dim != width
-        self.project_in = nn.Linear(dim, width) if self.has_projections else nn.Identity()
-        self.project_out = nn.Linear(width, dim) if self.has_projections else nn.Identity()
+        self.project_in, self.project_out = linear_projections(dim, width, self.has_projections)
         clamp = soft_clamp_input_value
         self.layers = nn.ModuleList(
             LFQ(

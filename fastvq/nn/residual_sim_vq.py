@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from fastvq.ops.code_statistics import rows_of_codes
 
 from .residual_levels import ResidualLevels
 from .sim_vq import SimVQ
@@ -85,8 +86,7 @@ class ResidualSimVQ(ResidualLevels):
         return torch.stack([self._layer(q).codebook for q in range(self.num_quantizers)])
 
     def _level_codes(self, level: int, indices: Tensor) -> Tensor:
-        codes = F.embedding(indices.clamp(min=0), self._layer(level).codebook)
-        return torch.where((indices >= 0)[..., None], codes, 0.0)
+        return rows_of_codes(self._layer(level).codebook, indices)
 
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
         """(Q, B, …, dim), or (Q, B, dim, …) with `channel_first`, for indices (B, …, Q)."""

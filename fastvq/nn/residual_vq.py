@@ -11,14 +11,25 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvq import ops
+from fastvq.ops.code_statistics import rows_of_codes
 
-from .finite_rows import projected
+from .finite_rows import linear_projections, projected
 from .residual_levels import ResidualLevels
 from .vector_quantize import VectorQuantize
+from .vector_quantize_arguments import refuse_unsupported
+
+# Arguments of the constructor that are out of scope, with their defaults (None is a beam of 1).
+_UNSUPPORTED: dict[str, Any] = {
+    "diveq": False,
+    "implicit_neural_codebook": False,
+    "mlp_kwargs": None,
+    "beam_size": 1,
+    "eval_beam_size": 1,
+    "beam_score_quantizer_weights": None,
+}
 
 
 class ResidualVQ(ResidualLevels):
@@ -84,15 +95,15 @@ class ResidualVQ(ResidualLevels):
             quantize_dropout_cutoff_index,
             quantize_dropout_multiple_of,
         )
-        _refuse(
-            "ResidualVQ",
-            diveq=diveq,
-            implicit_neural_codebook=implicit_neural_codebook,
-            mlp_kwargs=mlp_kwargs,
-            beam_size=beam_size != 1 and beam_size,
-            eval_beam_size=eval_beam_size != 1 and eval_beam_size,
-            beam_score_quantizer_weights=beam_score_quantizer_weights,
-        )
+        asked = {
+            "diveq": diveq,
+            "implicit_neural_codebook": implicit_neural_codebook,
+            "mlp_kwargs": mlp_kwargs or None,
+            "beam_size": beam_size or 1,
+            "eval_beam_size": eval_beam_size or 1,
+            "beam_score_quantizer_weights": beam_score_quantizer_weights,
+        }
+        refuse_unsupported("ResidualVQ", asked, _UNSUPPORTED)
         if heads != 1:
             raise ValueError(
                 f"ResidualVQ: heads must be 1; got {heads}. Use GroupedResidualVQ for several "
@@ -106,11 +117,9 @@ class ResidualVQ(ResidualLevels):
             vq_kwargs.update(manual_ema_update=True, manual_in_place_optimizer_update=True)
         self.codebook_dim = dim if codebook_dim is None else codebook_dim
         self.has_projections = self.codebook_dim != dim
-        self.project_in: nn.Module = nn.Identity()
-        self.project_out: nn.Module = nn.Identity()
-        if self.has_projections:
-            self.project_in = nn.Linear(dim, self.codebook_dim)
-            self.project_out = nn.Linear(self.codebook_dim, dim)
+        self.project_in, self.project_out = linear_projections(
+            dim, self.codebook_dim, self.has_projections
+        )
         self.dim, self.accept_image_fmap = dim, accept_image_fmap
         self.return_zeros_for_masked_padding = return_zeros_for_masked_padding
         self.codebook_sizes, self.uniform_codebook_size = sizes, len(set(sizes)) == 1
@@ -149,8 +158,7 @@ class ResidualVQ(ResidualLevels):
         return torch.stack(books) if self.uniform_codebook_size else books
 
     def _level_codes(self, level: int, indices: Tensor) -> Tensor:
-        codes = F.embedding(indices.clamp(min=0), self._layer(level).codebook)
-        return torch.where((indices >= 0)[..., None], codes, 0.0)
+        return rows_of_codes(self._layer(level).codebook, indices)
 
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
         """What `forward` makes of indices (B, …, Q), in x's layout."""
@@ -185,7 +193,7 @@ class ResidualVQ(ResidualLevels):
         Raises:
             ValueError: shapes disagree, or `indices` have dropped levels.
         """
-        _refuse("ResidualVQ.forward", beam_size=beam_size != 1 and beam_size)
+        refuse_unsupported("ResidualVQ.forward", {"beam_size": beam_size or 1}, {"beam_size": 1})
         rows = x.movedim(1, -1) if self.accept_image_fmap else x
         shape = rows.shape[:-1]
         if rows.shape[-1] != self.dim:
@@ -309,13 +317,3 @@ def _codebook_sizes(
             f"got {codebook_size}."
         )
     return codebook_size
-
-
-def _refuse(where: str, **given: Any) -> None:
-    """ValueError for the first argument that is set."""
-    for name, value in given.items():
-        if value:
-            raise ValueError(
-                f"{where}: {name} is out of fastvq's scope; leave it at its default, or see "
-                "docs/migration.md for another way."
-            )

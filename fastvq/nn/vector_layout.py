@@ -89,6 +89,16 @@ class VectorLayout:
             return q.transpose(0, 1).flatten(-2)
         return q[0].unflatten(0, (-1, self.heads)).flatten(-2)
 
+    def by_position(
+        self, z: Tensor, mask: Tensor | None, shape: torch.Size
+    ) -> tuple[Tensor, Tensor | None]:
+        """Split rows as (h, B·heads of one codebook, positions, D), their mask without h and D."""
+        sizes = (shape[0], shape[1:].numel(), self.heads_in_rows)
+        placed = z.unflatten(1, sizes).transpose(2, 3).flatten(1, 2)
+        if mask is None:
+            return placed, None
+        return placed, mask.reshape(sizes).transpose(1, 2).flatten(0, 1)
+
     def index_map(self, indices: Tensor, shape: torch.Size, topk: int | None) -> Tensor:
         """(h, N) indices in x's shape, with a last dimension of heads or of the best few."""
         if self.separate and self.heads > 1:

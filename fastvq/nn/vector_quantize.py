@@ -1,8 +1,9 @@
 """`VectorQuantize`, a drop-in for the module of that name in vector-quantize-pytorch.
 
-Lives here: the argument list, projections and the return values of that library. Layouts and heads
-are `vector_layout.py`, the codebook and its updates `codebook.py`, choosing codes by all their
-scores `code_scores.py`, losses beyond commitment `codebook_losses.py`.
+Lives here: the argument list, projections and the return values of that library. Arguments that are
+refused are `vector_quantize_arguments.py`, layouts and heads `vector_layout.py`, the codebook and
+its updates `codebook.py`, choosing codes by all their scores `code_scores.py`, losses beyond
+commitment `codebook_losses.py`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvq import ops
@@ -20,10 +20,11 @@ from fastvq.ops.vector_quantize_mean import vector_quantize_mean
 
 from .code_scores import choose_codes, soft_gradient
 from .codebook import Codebook, UpdateWeight
-from .codebook_losses import cross_entropy, diversity_loss, orthogonal_loss
+from .codebook_losses import codes_in_use, cross_entropy, diversity_loss, orthogonal_loss
+from .finite_rows import linear_projections
 from .implicit_codes import quantize_to_own_codes
-from .processes import world_size
 from .vector_layout import VectorLayout
+from .vector_quantize_arguments import check_constructor, require
 
 CodebookTransform = Callable[[Tensor], Tensor]
 
@@ -175,31 +176,12 @@ class VectorQuantize(nn.Module):
         route_gradients_to_input: bool = True,
     ) -> None:
         super().__init__()
-        _refuse("VectorQuantize", dict(locals()), _REFUSED)
+        given = dict(locals())
         learnable = bool(learnable_codebook)
         rotation = rotation_trick
         if rotation is None:
             rotation = dim > 1 and not straight_through
-        _require(heads >= 1, f"VectorQuantize: heads must be at least 1; got {heads}.")
-        for rule, broken in (
-            {
-                "learnable_codebook=True excludes ema_update=True; "
-                "a code is moved by the loss or by averages": learnable and bool(ema_update),
-                "learnable_codebook=True excludes use_cosine_sim=True": learnable
-                and use_cosine_sim,
-                "learnable_codebook=True excludes straight_through=True": learnable
-                and straight_through,
-                "rotation_trick=True excludes straight_through=True": rotation and straight_through,
-                "accept_image_fmap excludes accept_3d_fmap": accept_image_fmap and accept_3d_fmap,
-                "in_place_codebook_optimizer needs learnable_codebook=True": (
-                    in_place_codebook_optimizer is not None and not learnable
-                ),
-                "sync_kmeans=False is refused with several processes; their codes would differ": (
-                    not sync_kmeans and sync_codebook is not False and world_size() > 1
-                ),
-            }
-        ).items():
-            _require(not broken, f"VectorQuantize: {rule}.")
+        check_constructor(given, rotation)
         self._layout = VectorLayout(
             dim,
             heads,
@@ -256,13 +238,9 @@ class VectorQuantize(nn.Module):
     ) -> None:
         width = heads * (dim if codebook_dim is None else codebook_dim)
         self.has_projections = width != dim
-        self.project_in: nn.Module = nn.Identity()
-        self.project_out: nn.Module = nn.Identity()
-        if self.has_projections:
-            self.project_in = nn.Linear(dim, width)
-            if layernorm:
-                self.project_in = nn.Sequential(self.project_in, nn.LayerNorm(width))
-            self.project_out = nn.Linear(width, dim)
+        self.project_in, self.project_out = linear_projections(dim, width, self.has_projections)
+        if self.has_projections and layernorm:
+            self.project_in = nn.Sequential(self.project_in, nn.LayerNorm(width))
 
     @property
     def ema_update(self) -> bool:
@@ -432,7 +410,7 @@ class VectorQuantize(nn.Module):
         if self.training and self.orthogonal_reg_weight > 0.0:
             active = None
             if self.orthogonal_reg_active_codes_only:
-                active = _codes_in_use(chosen.indices, self.codebook_size)
+                active = codes_in_use(chosen.indices, self.codebook_size)
             orthogonal = orthogonal_loss(
                 self._codebook.embed, active, self.orthogonal_reg_max_codes
             )
@@ -456,13 +434,7 @@ class VectorQuantize(nn.Module):
         return self._codebook.mean(loss, chosen.indices) if loss.dim() else loss
 
     def _diversity(self, chosen: _Chosen, call: _Call) -> Tensor:
-        examples, positions = call.shape[0], call.shape[1:].numel()
-        shared_heads = self._layout.heads_in_rows
-        z = call.z.unflatten(1, (examples, positions, shared_heads))
-        z = z.transpose(2, 3).flatten(1, 2)
-        mask = call.mask
-        if mask is not None:
-            mask = mask.reshape(examples, positions, shared_heads).transpose(1, 2).flatten(0, 1)
+        z, mask = self._layout.by_position(call.z, call.mask, call.shape)
         metric, temperature = self._codebook.search_metric, self.codebook_diversity_temperature
         return diversity_loss(z, chosen.codes, metric, temperature, mask)
 
@@ -503,14 +475,12 @@ class VectorQuantize(nn.Module):
         codes = self.codebook
         if self.separate_codebook_per_head:
             offset = torch.arange(self.heads, device=indices.device) * self.codebook_size
-            found = F.embedding(indices.clamp(min=0) + offset, codes.flatten(0, 1))
+            rows = torch.where(indices < 0, -1, indices + offset)
+            found = rows_of_codes(codes.flatten(0, 1), rows).flatten(-2)
         else:
-            found = F.embedding(indices.clamp(min=0), codes)
-        found = torch.where((indices >= 0)[..., None], found, 0.0)
-        if self.separate_codebook_per_head:
-            found = found.flatten(-2)
-        elif self.heads > 1:
-            return found
+            found = rows_of_codes(codes, indices)
+            if self.heads > 1:
+                return found
         return found if self._layout.channels_last else found.movedim(-1, 1)
 
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
@@ -560,16 +530,16 @@ class VectorQuantize(nn.Module):
         if topk is not None:
             optimises = self.in_place_codebook_optimizer is not None
             by_entropy = self.commitment_use_cross_entropy_loss
-            _require(int(topk) >= 1, f"{where}: topk must be at least 1; got {topk}.")
-            _require(self.heads == 1, f"{where}: topk needs heads=1; got {self.heads}.")
-            _require(
+            require(int(topk) >= 1, f"{where}: topk must be at least 1; got {topk}.")
+            require(self.heads == 1, f"{where}: topk needs heads=1; got {self.heads}.")
+            require(
                 not (self.training and (optimises or by_entropy)),
                 f"{where}: topk excludes, in training, in_place_codebook_optimizer and "
                 "commitment_use_cross_entropy_loss.",
             )
         if transform is not None:
-            _require(self.heads == 1, f"{where}: codebook_transform_fn needs heads=1.")
-            _require(
+            require(self.heads == 1, f"{where}: codebook_transform_fn needs heads=1.")
+            require(
                 topk is None
                 and indices is None
                 and not (self.stochastic_sample_codes or self.commitment_use_cross_entropy_loss)
@@ -577,40 +547,3 @@ class VectorQuantize(nn.Module):
                 f"{where}: codebook_transform_fn excludes topk, indices, "
                 "stochastic_sample_codes and the losses that need all scores.",
             )
-
-
-def _codes_in_use(indices: Tensor, num_codes: int) -> Tensor:
-    """(h, K) bool: which codes the (h, N) indices name."""
-    used = indices.new_zeros((len(indices), num_codes + 1), dtype=torch.bool)
-    # −1 goes to a column of its own.
-    return used.scatter(1, torch.where(indices < 0, num_codes, indices), True)[:, :num_codes]
-
-
-# Arguments of the constructor that are out of scope, with their defaults.
-_REFUSED: dict[str, Any] = {
-    "directional_reparam": False,
-    "directional_reparam_variance": 5e-3,
-    "sync_affine_param": False,
-    "vq_bridge": None,
-    "affine_param": False,
-    "affine_param_batch_decay": 0.99,
-    "affine_param_codebook_decay": 0.9,
-    "sync_update_v": 0.0,
-}
-
-
-def _refuse(where: str, given: dict[str, Any], defaults: dict[str, Any]) -> None:
-    """ValueError for the first argument that is not at its default."""
-    for name, default in defaults.items():
-        value = given[name]
-        if value is not default and value != default:
-            shown = value if isinstance(value, (bool, int, float)) else type(value).__name__
-            raise ValueError(
-                f"{where}: {name}={shown} is out of fastvq's scope; leave it at {default}, "
-                "or see docs/migration.md for another way."
-            )
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)

@@ -263,10 +263,10 @@ def test_compiled_copied_and_pickled(training: bool) -> None:
     ("options", "words"),
     [
         ({"heads": 2}, "heads must be 1; got 2. Use GroupedResidualVQ"),
-        ({"diveq": True}, "diveq is out of fastvq's scope"),
+        ({"diveq": True}, "diveq=True is out of fastvq's scope"),
         ({"implicit_neural_codebook": True}, "docs/migration.md"),
         ({"affine_param": True}, "affine_param=True"),
-        ({"beam_size": 2}, "beam_size is out of fastvq's scope"),
+        ({"beam_size": 2}, "beam_size=2 is out of fastvq's scope"),
         ({"beam_score_quantizer_weights": [1.0, 1.0, 1.0, 1.0]}, "beam_score_quantizer_weights"),
         ({"codebook_size": (4, 8), "num_quantizers": 3}, "num_quantizers=3"),
         ({"num_quantizers": None}, "num_quantizers must be given"),
