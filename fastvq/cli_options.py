@@ -531,6 +531,13 @@ def _add_training_options(command: argparse.ArgumentParser) -> None:
     step.add_argument(
         "--learning-rate", type=float, metavar="RATE", help="(default 3e-4)", **_absent
     )
+    step.add_argument(
+        "--schedule",
+        choices=("constant", "cosine"),
+        help="of the learning rate; cosine lets it fall to 0 at the last step, which then has to "
+        "be known: a run resumed with other --steps follows another curve (default: constant)",
+        **_absent,
+    )
     step.add_argument("--optimizer", choices=("adam", "adamw"), help="(default adam)", **_absent)
     step.add_argument(
         "--gradient-clip",

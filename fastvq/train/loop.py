@@ -53,6 +53,7 @@ LOW_USAGE = 0.25  # fraction of a codebook below which, after LOW_USAGE_STEPS, a
 LOW_USAGE_STEPS = 200
 _OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
 _PRECISIONS = ("no", "bf16", "fp16")
+_SCHEDULES = ("constant", "cosine")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -65,7 +66,9 @@ class LoopConfig:
         batch_size: pictures per step and process.
         checkpoint_every, validate_every, log_every: steps between them; the last step does all.
         seed: of the weights' start, the order of the data and everything random in a step.
-        learning_rate: reached after a linear warm-up of 50 steps, then constant.
+        learning_rate: reached after a linear warm-up of 50 steps.
+        schedule: of the learning rate after that: "constant", or "cosine", which falls to 0 along
+            half a cosine until the last of `steps`.
         optimizer: "adam" or "adamw" (weight decay 0.01).
         gradient_clip: largest L2 norm of the gradient; None leaves it.
         mixed_precision: "no" (float32), "bf16", or "fp16" (GPU only).
@@ -79,6 +82,7 @@ class LoopConfig:
     validate_every: int = 500
     seed: int = 0
     learning_rate: float = 3e-4
+    schedule: str = "constant"
     optimizer: str = "adam"
     gradient_clip: float | None = 1.0
     mixed_precision: str = "no"
@@ -98,6 +102,10 @@ class LoopConfig:
             value = getattr(self, name)
             if value is not None and not 0.0 < value < math.inf:
                 raise ValueError(f"train: {name} must be positive; got {value}.")
+        if self.schedule not in _SCHEDULES:
+            raise ValueError(
+                f"train: schedule must be one of {', '.join(_SCHEDULES)}; got {self.schedule!r}."
+            )
         if self.optimizer not in _OPTIMIZERS:
             raise ValueError(f"train: optimizer must be adam or adamw; got {self.optimizer!r}.")
         if self.mixed_precision not in _PRECISIONS:
@@ -304,7 +312,11 @@ class _Loop:
         return {name: value.detach() for name, value in {**values, **norms}.items()}
 
     def _learning_rate(self) -> float:
-        return self.config.learning_rate * min(1.0, (self.step + 1) / WARM_UP_STEPS)
+        config, warm_up = self.config, min(1.0, (self.step + 1) / WARM_UP_STEPS)
+        if config.schedule == "constant":
+            return config.learning_rate * warm_up
+        part = max(0.0, self.step - WARM_UP_STEPS) / max(1, config.steps - WARM_UP_STEPS)
+        return config.learning_rate * warm_up * 0.5 * (1.0 + math.cos(math.pi * part))
 
     def _log(self, window: _Window, wait_seconds: float, bar: Any) -> None:
         """Write the window's means; stop where the loss was not finite."""

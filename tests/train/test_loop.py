@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from fastvq.train.priors import train_prior
-from fastvq.train.run_folder import load_run
+from fastvq.train.run_folder import load_run, read_metrics
 from fastvq.train.stage1 import Stage1Task, train_stage1
 from fastvq.train.weight_average import WeightAverage
 
@@ -155,6 +155,25 @@ def test_clipping_bounds_the_gradient_of_each_level(
         # Rounding of the parameters themselves: n values of size below 4, unit roundoff 2^-24.
         rounding = 4 * 2**-24 * len(list(one.levels[level].parameters())) ** 0.5 * 64
         assert 0 < moved <= 0.5 * 0.01 + rounding
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_the_learning_rate_follows_its_schedule(
+    schedule: str, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fastvq.train import loop
+
+    monkeypatch.setattr(loop, "WARM_UP_STEPS", 2)
+    config = stage1_config(
+        pictures, tmp_path / "run", steps=6, learning_rate=0.01, schedule=schedule, log_every=1
+    )
+    train_stage1(config, progress=False)
+    records = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    rates = [record["learning_rate"] for record in records if "learning_rate" in record]
+    # Steps 2 … 5 of the four after the warm-up: half a cosine at 0, 1/4, 1/2 and 3/4.
+    falling = [1.0, 0.5 + 0.5**1.5, 0.5, 0.5 - 0.5**1.5]
+    after = [1.0] * 4 if schedule == "constant" else falling
+    assert rates == pytest.approx([0.01 * share for share in (0.5, 1.0, *after)])
 
 
 def test_the_weight_average_follows_its_formula() -> None:

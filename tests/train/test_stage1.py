@@ -107,6 +107,7 @@ def test_the_data_decides_what_the_settings_leave_open(pictures: Path, tmp_path:
         ({"batch_size": 0}, "batch_size must be 1 or more; got 0"),
         ({"checkpoint_every": 0}, "checkpoint_every must be 1 or more"),
         ({"seed": -1}, "seed must be 0 or more; got -1"),
+        ({"schedule": "step"}, r"schedule must be one of constant, cosine; got 'step'"),
         ({"learning_rate": 0.0}, r"learning_rate must be positive; got 0\.0"),
         ({"learning_rate": float("nan")}, "learning_rate must be positive; got nan"),
         ({"optimizer": "sgd"}, "optimizer must be adam or adamw; got 'sgd'"),
