@@ -7,7 +7,7 @@ import sys
 
 import torch
 
-from fastvq.cli_options import add_bench_options
+from fastvq.cli.machine import add_bench_options
 
 from .running import run_suite, waiting
 from .suites import SUITES, Context, load, parse_case, summary

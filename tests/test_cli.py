@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from fastvq import cli
+from fastvq.cli import machine
 from fastvq.train.codes import CodeFolder
 from fastvq.train.priors import PriorConfig
 from fastvq.train.run_folder import load_run
@@ -414,5 +415,5 @@ def test_bench_runs_the_suites_of_the_checkout(monkeypatch: pytest.MonkeyPatch) 
 def test_bench_without_a_checkout_says_where_the_suites_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cli, "__file__", str(tmp_path / "fastvq" / "cli.py"))
+    monkeypatch.setattr(machine, "__file__", str(tmp_path / "fastvq" / "cli" / "machine.py"))
     assert "they are in the source checkout" in refused(capsys, "bench")
