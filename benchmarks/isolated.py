@@ -51,7 +51,34 @@ class TimesItself(abc.ABC):
         """End what runs it."""
 
 
-class Isolated(TimesItself):
+class _Commanded(TimesItself):
+    """What runs in workers, when they are told to."""
+
+    @abc.abstractmethod
+    def send(self, command: str) -> None:
+        """Tell the workers what to do: "run", "result", "time", "cold" or "peak"."""
+
+    @abc.abstractmethod
+    def answer(self) -> Any:
+        """What they answer to the oldest command without an answer."""
+
+    def ask(self, command: str) -> Any:
+        self.send(command)
+        return self.answer()
+
+    def wait(self) -> None:
+        """Until they are ready, which is their first answer; one that cannot be ends them."""
+        try:
+            self.answer()
+        except RuntimeError:
+            self.close()
+            raise
+
+    def __call__(self) -> None:
+        self.ask("run")
+
+
+class Isolated(_Commanded):
     """A function on arrays, in a worker.
 
     Args:
@@ -80,24 +107,17 @@ class Isolated(TimesItself):
             text=True,
         )
         if wait:
-            try:
-                self.answer()
-            except RuntimeError:
-                self.close()
-                raise
-
-    def __call__(self) -> None:
-        self._ask("run")
+            self.wait()
 
     def result(self) -> np.ndarray:
-        self._ask("result")
+        self.ask("result")
         return np.load(Path(self._folder.name) / "result.npy")
 
     def time_ms(self, cold: bool = False) -> float:
-        return float(self._ask("cold" if cold else "time"))
+        return float(self.ask("cold" if cold else "time"))
 
     def peak_bytes(self) -> int | None:
-        return self._ask("peak")
+        return self.ask("peak")
 
     def close(self) -> None:
         assert self._process.stdin is not None
@@ -107,18 +127,12 @@ class Isolated(TimesItself):
         self._process.stdout.close()
         self._folder.cleanup()
 
-    def _ask(self, command: str) -> Any:
-        self.send(command)
-        return self.answer()
-
     def send(self, command: str) -> None:
-        """Tell the worker what to do: "run", "result", "time", "cold" or "peak"."""
         assert self._process.stdin is not None
         self._process.stdin.write(command + "\n")
         self._process.stdin.flush()
 
     def answer(self) -> Any:
-        """What it answers to the oldest command without an answer."""
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         answer = json.loads(line) if line else {"error": "its process ended"}
@@ -127,7 +141,7 @@ class Isolated(TimesItself):
         return answer["value"]
 
 
-class Together(TimesItself):
+class Together(_Commanded):
     """One function in several workers that run at the same time, each on its own arrays.
 
     Its time is the longest of theirs, its result that of the first, its memory the sum.
@@ -135,14 +149,7 @@ class Together(TimesItself):
 
     def __init__(self, function: str, arrays: list[dict[str, np.ndarray]], threads: int) -> None:
         self._workers = [Isolated(function, own, threads, wait=False) for own in arrays]
-        try:
-            self._answers()
-        except RuntimeError:
-            self.close()
-            raise
-
-    def __call__(self) -> None:
-        self._ask("run")
+        self.wait()
 
     def result(self) -> np.ndarray:
         for worker in self._workers[1:]:
@@ -153,22 +160,21 @@ class Together(TimesItself):
         return found
 
     def time_ms(self, cold: bool = False) -> float:
-        return max(self._ask("cold" if cold else "time"))
+        return max(self.ask("cold" if cold else "time"))
 
     def peak_bytes(self) -> int | None:
-        peaks = self._ask("peak")
+        peaks = self.ask("peak")
         return None if None in peaks else sum(peaks)
 
     def close(self) -> None:
         for worker in self._workers:
             worker.close()
 
-    def _ask(self, command: str) -> list[Any]:
+    def send(self, command: str) -> None:
         for worker in self._workers:
             worker.send(command)
-        return self._answers()
 
-    def _answers(self) -> list[Any]:
+    def answer(self) -> list[Any]:
         return [worker.answer() for worker in self._workers]
 
 
