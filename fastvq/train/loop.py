@@ -42,7 +42,7 @@ from fastvq.train.checkpoint import (
     optimizer_tensors,
     save_checkpoint,
 )
-from fastvq.train.data import BatchIterator
+from fastvq.train.data import training_batches
 from fastvq.train.processes import several_on_cpus
 from fastvq.train.run_folder import RunFolder, read_metrics
 from fastvq.train.weight_average import WeightAverage
@@ -132,17 +132,18 @@ class Task(Protocol):
         model: in training mode, on the CPU.
         resolved: what the data decided, for config.json; it holds "model_arguments".
         weight_average: decay of the averaged weights; 0 keeps none.
+        training: the data, as `training_batches` takes it.
+        workers: processes that read it ahead; None leaves that to `training_batches`.
     """
 
     kind: str
     resolved: dict[str, Any]
     weight_average: float
+    training: Any
+    workers: int | None
 
     @property
     def model(self) -> nn.Module: ...
-
-    def batches(self, *, start_step: int, rank: int, world_size: int) -> BatchIterator:
-        """Endless batches from `start_step` on, a pure function of the seed and the step."""
 
     def loss(self, model: nn.Module, batch: Any, device: torch.device) -> dict[str, Tensor]:
         """Scalars by name; "loss" is minimised. `model` is `self.model`, wrapped for DDP."""
@@ -270,7 +271,15 @@ class _Loop:
         )
         window = _Window(self.accelerator.device)
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        batches = self.task.batches(start_step=self.step, rank=rank, world_size=world)
+        batches = training_batches(
+            self.task.training,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            start_step=self.step,
+            rank=rank,
+            world_size=world,
+            workers=self.task.workers,
+        )
         self.task.model.train()
         with bar, batches:
             window.start(batches.wait_seconds)

@@ -21,11 +21,9 @@ from torch import Tensor, nn
 from fastvq.models import PRESETS, VQVAE2, HierarchicalPrior, TextVQVAE, preset
 from fastvq.train.codes import CodeFolder
 from fastvq.train.data import (
-    BatchIterator,
     ItemDataset,
     evaluation_batches,
     split_validation,
-    training_batches,
 )
 from fastvq.train.data.text import lines_of
 from fastvq.train.loop import LoopConfig, train
@@ -101,6 +99,7 @@ class PriorTask:
     """A `Task` (loop.py): the codes, the prior and the loss of a second-stage run."""
 
     kind = "prior"
+    workers: int | None = None
 
     def __init__(self, config: PriorConfig) -> None:
         self.config = config
@@ -139,16 +138,6 @@ class PriorTask:
                 "from_run": os.path.relpath(folder.stage1["path"], Path(config.run).absolute()),
             },
         }
-
-    def batches(self, *, start_step: int, rank: int, world_size: int) -> BatchIterator:
-        return training_batches(
-            self.training,
-            batch_size=self.config.batch_size,
-            seed=self.config.seed,
-            start_step=start_step,
-            rank=rank,
-            world_size=world_size,
-        )
 
     def clip_groups(self) -> dict[str, list[nn.Parameter]]:
         """Each level's prior, with the network that shows it the levels above."""

@@ -20,13 +20,11 @@ from torch import Tensor, nn
 from fastvq.models import PRESETS, VAE, VQVAE2, preset
 from fastvq.nn.spectral_loss import log_spectral_distance
 from fastvq.train.data import (
-    BatchIterator,
     ItemDataset,
     SoundDataset,
     evaluation_batches,
     examples,
     split_validation,
-    training_batches,
 )
 from fastvq.train.loop import LoopConfig, seed_of, train
 from fastvq.train.metrics import bits_per_dim, peak_signal_to_noise, signal_to_noise
@@ -169,7 +167,7 @@ class Stage1Task:
     weight_average = 0.0
 
     def __init__(self, config: Stage1Config) -> None:
-        self.config = config
+        self.config, self.workers = config, config.workers
         self.kind = config.model
         size = None if config.preset is None else preset(config.preset)["image_size"]
         whole = open_training_data(config, size)
@@ -219,17 +217,6 @@ class Stage1Task:
                     measured_variance(self.training) if measured else float(config.data_variance)
                 )
         return {**arguments, **config.model_arguments}
-
-    def batches(self, *, start_step: int, rank: int, world_size: int) -> BatchIterator:
-        return training_batches(
-            self.training,
-            batch_size=self.config.batch_size,
-            seed=self.config.seed,
-            start_step=start_step,
-            rank=rank,
-            world_size=world_size,
-            workers=self.config.workers,
-        )
 
     def clip_groups(self) -> dict[str, list[nn.Parameter]]:
         return {"": list(self.model.parameters())}

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fastvq.models import TextVAE, TextVQVAE
 from fastvq.models.text import live_symbols
-from fastvq.train.data import BatchIterator, evaluation_batches, training_batches
+from fastvq.train.data import evaluation_batches
 from fastvq.train.data.text import lines_of
 from fastvq.train.loop import LoopConfig, train
 from fastvq.train.run_folder import MODEL_CLASSES, RunFolder
@@ -78,6 +78,7 @@ class TextTask:
     """A `Task` (loop.py): the lines, the model and the loss of a text run."""
 
     weight_average = 0.0
+    workers: int | None = None
 
     def __init__(self, config: TextConfig) -> None:
         self.config, self.kind = config, config.kind
@@ -96,16 +97,6 @@ class TextTask:
             "too_long": self.training.too_long,
             "class_names": None,
         }
-
-    def batches(self, *, start_step: int, rank: int, world_size: int) -> BatchIterator:
-        return training_batches(
-            cast(Any, self.training),
-            batch_size=self.config.batch_size,
-            seed=self.config.seed,
-            start_step=start_step,
-            rank=rank,
-            world_size=world_size,
-        )
 
     def clip_groups(self) -> dict[str, list[nn.Parameter]]:
         return {"": list(self.model.parameters())}
