@@ -255,11 +255,7 @@ def _sampling_launches(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
-        given=None,
         seed=0,
-        first_sample=0,
-        level=0,
-        progress=False,
     )
     with torch.no_grad():
         executor = GpuMapExecutor(

@@ -61,20 +61,8 @@ def test_graphs_change_no_code(n: int) -> None:
 def _executor(
     model: PixelCNN, n: int, told: dict[str, torch.Tensor], launcher: Any
 ) -> GpuMapExecutor:
-    request = sampling.make_request(
-        SHAPE,
-        n,
-        num_codes=model.num_codes,
-        device=torch.device("cuda"),
-        temperature=1.0,
-        top_k=None,
-        top_p=None,
-        given=None,
-        seed=1,
-        first_sample=0,
-        level=0,
-        progress=False,
-    )
+    cuda = torch.device("cuda")
+    request = sampling.make_request(SHAPE, n, num_codes=model.num_codes, device=cuda, seed=1)
     conditioning = sampling.Conditioning(told.get("class_labels"), told.get("condition"))
     return GpuMapExecutor(model._plan(), conditioning, request, launcher=launcher)
 

@@ -82,17 +82,9 @@ def test_logits_are_within_the_tolerance(name: str, isa: str) -> None:
 
 
 def _request(model: PixelCNN, shape: tuple[int, int], n: int, rule: Filter, seed: int = 3) -> Any:
+    cpu, drawn = torch.device("cpu"), {"seed": seed, "first_sample": 2, "level": 1}
     return sampling.make_request(
-        shape,
-        n,
-        num_codes=model.num_codes,
-        device=torch.device("cpu"),
-        **rule._asdict(),
-        given=None,
-        seed=seed,
-        first_sample=2,
-        level=1,
-        progress=False,
+        shape, n, num_codes=model.num_codes, device=cpu, **rule._asdict(), **drawn
     )
 
 

@@ -50,17 +50,9 @@ def test_gives_the_codes_of_the_full_method(name: str, interpreted: None) -> Non
 
 
 def _request(model: PixelCNN, n: int, shape: tuple[int, int], rule: Filter) -> sampling.Request:
+    cpu = torch.device("cpu")
     return sampling.make_request(
-        shape,
-        n,
-        num_codes=model.num_codes,
-        device=torch.device("cpu"),
-        **rule._asdict(),
-        given=None,
-        seed=0,
-        first_sample=0,
-        level=0,
-        progress=False,
+        shape, n, num_codes=model.num_codes, device=cpu, **rule._asdict(), seed=0
     )
 
 

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from fastvq import sampling
 from fastvq.sampling import draw as draw_module
-from fastvq.sampling.draw import Filter
 from fastvq.sampling.full import FullExecutor
 from fastvq.sampling.proof import draw_and_prove
 
@@ -19,18 +18,9 @@ SHAPE = (2, 3)
 
 
 def _request(n: int, verify: bool = False) -> sampling.Request:
+    cpu = torch.device("cpu")
     return sampling.make_request(
-        SHAPE,
-        n,
-        num_codes=10,
-        device=torch.device("cpu"),
-        **Filter(0.0)._asdict(),
-        given=None,
-        seed=0,
-        first_sample=0,
-        level=0,
-        progress=False,
-        verify=verify,
+        SHAPE, n, num_codes=10, device=cpu, temperature=0.0, seed=0, verify=verify
     )
 
 

@@ -294,18 +294,7 @@ def test_doubt_is_settled_from_what_a_code_can_depend_on(name: str) -> None:
     told = conditioning_of(name, N, shape)
     conditioning = sampling.Conditioning(told.get("class_labels"), told.get("condition"))
     codes = torch.randint(0, K, (N, *shape))
-    request = sampling.make_request(
-        shape,
-        N,
-        num_codes=K,
-        device=codes.device,
-        **draw_module.Filter()._asdict(),
-        given=None,
-        seed=0,
-        first_sample=0,
-        level=0,
-        progress=False,
-    )
+    request = sampling.make_request(shape, N, num_codes=K, device=codes.device, seed=0)
     settler = Settler(model, conditioning, request)
     sample = torch.tensor([1])
     with torch.no_grad():
