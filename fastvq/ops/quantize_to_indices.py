@@ -14,7 +14,7 @@ from torch import Tensor
 from . import checks
 from .backends import choose
 from .code_statistics import rows_of_codes
-from .vector_quantize import VectorQuantizeOutput
+from .vector_quantize import VectorQuantizeOutput, input_gradients
 
 
 def quantize_to_indices(
@@ -83,14 +83,5 @@ class _QuantizeToIndices(torch.autograd.Function):
         grad_commitment: Tensor | None,
         grad_codebook_loss: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
-        x, codebook, indices = ctx.saved_tensors
-        grad_x = grad_codebook = None
-        if ctx.needs_input_grad[0] and not (grad_quantized is None and grad_commitment is None):
-            grad_x = torch.ops.fastvq.vector_quantize_backward_x(
-                grad_quantized, grad_commitment, x, codebook, indices, ctx.gradient, ctx.backend
-            )
-        if ctx.needs_input_grad[1] and grad_codebook_loss is not None:
-            grad_codebook = torch.ops.fastvq.vector_quantize_backward_codebook(
-                grad_codebook_loss, x, codebook, indices, ctx.backend
-            )
-        return grad_x, grad_codebook, None, None, None
+        found = input_gradients(ctx, grad_quantized, grad_commitment, grad_codebook_loss)
+        return *found, None, None, None

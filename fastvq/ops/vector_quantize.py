@@ -300,6 +300,28 @@ def _rotate_back(grad: Tensor, x: Tensor, q: Tensor) -> Tensor:
     return (q_length / x_length) * (grad - 2 * along_w * w + 2 * along_q * x_unit)
 
 
+def input_gradients(
+    ctx: Any,
+    grad_quantized: Tensor | None,
+    grad_commitment: Tensor | None,
+    grad_codebook_loss: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients to x and to the codebook, the first inputs of a Function, where they are needed.
+
+    The Function has saved x, codebook and indices, and holds `gradient` and `backend`. Its losses
+    are by row.
+    """
+    x, codebook, indices = ctx.saved_tensors[:3]
+    grad_x = grad_codebook = None
+    if ctx.needs_input_grad[0] and not (grad_quantized is None and grad_commitment is None):
+        grad_x = _BACKWARD_X(
+            grad_quantized, grad_commitment, x, codebook, indices, ctx.gradient, ctx.backend
+        )
+    if ctx.needs_input_grad[1] and grad_codebook_loss is not None:
+        grad_codebook = _BACKWARD_CODEBOOK(grad_codebook_loss, x, codebook, indices, ctx.backend)
+    return grad_x, grad_codebook
+
+
 class _VectorQuantize(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -327,17 +349,8 @@ class _VectorQuantize(torch.autograd.Function):
         grad_commitment: Tensor | None,
         grad_codebook_loss: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
-        x, codebook, indices = ctx.saved_tensors
-        grad_x = grad_codebook = None
-        if ctx.needs_input_grad[0] and not (grad_quantized is None and grad_commitment is None):
-            grad_x = _BACKWARD_X(
-                grad_quantized, grad_commitment, x, codebook, indices, ctx.gradient, ctx.backend
-            )
-        if ctx.needs_input_grad[1] and grad_codebook_loss is not None:
-            grad_codebook = _BACKWARD_CODEBOOK(
-                grad_codebook_loss, x, codebook, indices, ctx.backend
-            )
-        return grad_x, grad_codebook, None, None, None, None
+        found = input_gradients(ctx, grad_quantized, grad_commitment, grad_codebook_loss)
+        return *found, None, None, None, None
 
 
 _FORWARD = register(

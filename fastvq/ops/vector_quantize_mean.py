@@ -13,13 +13,7 @@ from torch import Tensor
 from . import checks
 from .backends import CPU_EXTENSION, choose
 from .registration import register
-from .vector_quantize import (
-    _BACKWARD_CODEBOOK,
-    _BACKWARD_X,
-    VectorQuantizeOutput,
-    _forward,
-    _forward_fake,
-)
+from .vector_quantize import VectorQuantizeOutput, _forward, _forward_fake, input_gradients
 
 
 def vector_quantize_mean(
@@ -113,19 +107,12 @@ class _VectorQuantizeMean(torch.autograd.Function):
         grad_commitment: Tensor | None,
         grad_codebook_loss: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
-        x, codebook, indices, divisor = ctx.saved_tensors
-        grad_x = grad_codebook = None
-        if ctx.needs_input_grad[0] and not (grad_quantized is None and grad_commitment is None):
-            by_row = None
-            if grad_commitment is not None:
-                by_row = (grad_commitment / divisor).expand(indices.shape)
-            grad_x = _BACKWARD_X(
-                grad_quantized, by_row, x, codebook, indices, ctx.gradient, ctx.backend
-            )
-        if ctx.needs_input_grad[1] and grad_codebook_loss is not None:
-            by_row = (grad_codebook_loss / divisor).expand(indices.shape)
-            grad_codebook = _BACKWARD_CODEBOOK(by_row, x, codebook, indices, ctx.backend)
-        return grad_x, grad_codebook, None, None, None, None
+        _, _, indices, divisor = ctx.saved_tensors
+        by_row = [
+            None if grad is None else (grad / divisor).expand(indices.shape)
+            for grad in (grad_commitment, grad_codebook_loss)
+        ]
+        return *input_gradients(ctx, grad_quantized, *by_row), None, None, None, None
 
 
 _MEAN_FORWARD = register(

@@ -9,17 +9,9 @@ from torch import Tensor
 
 from fastvq import nn, ops
 
-pytestmark = pytest.mark.cuda
+pytestmark = [pytest.mark.cuda, pytest.mark.usefixtures("without_tf32")]
 
 CHANNELS, KERNEL = 96, 5
-
-
-@pytest.fixture(autouse=True)
-def _tf32_is_off():
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    yield
-    torch.backends.cudnn.allow_tf32 = before
 
 
 def _tensors(dtype: torch.dtype) -> list[Tensor]:

@@ -56,13 +56,18 @@ def prior_config(codes: Path, run: Path, **changes: Any) -> PriorConfig:
     return PriorConfig(**{**settings, **changes})
 
 
+def coloured(seed: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pictures, 8×8 RGB, of three classes in turn, bright in the class's channel; and labels."""
+    labels = np.arange(count) % 3
+    images = np.random.default_rng(seed).integers(0, 100, (count, 8, 8, 3), dtype=np.uint8)
+    images[np.arange(count), :, :, labels] += 120
+    return images, labels
+
+
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """60 pictures, 8×8 RGB, of three classes: bright in the class's channel."""
-    rng = np.random.default_rng(0)
-    labels = np.arange(60) % 3
-    images = rng.integers(0, 100, (60, 8, 8, 3), dtype=np.uint8)
-    images[np.arange(60), :, :, labels] += 120
+    """60 `coloured` pictures."""
+    images, labels = coloured(0, 60)
     path = tmp_path_factory.mktemp("data") / "pictures.npz"
     np.savez(path, images=images, labels=labels)
     return path

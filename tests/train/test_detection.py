@@ -19,7 +19,7 @@ from fastvq.train.heat_maps import overlay
 from fastvq.train.priors import train_prior
 from fastvq.train.run_folder import load_run
 
-from .conftest import prior_config
+from .conftest import coloured, prior_config
 
 NUMBERS = ("p_value", "combined", "likelihood", "reconstruction", "level0_nats", "level1_nats")
 
@@ -33,11 +33,8 @@ def prior_run(codes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def odd(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """12 pictures: two classes as the training pictures, and a third of black and white noise."""
-    rng = np.random.default_rng(1)
-    labels = np.arange(12) % 3
-    images = rng.integers(0, 100, (12, 8, 8, 3), dtype=np.uint8)
-    images[np.arange(12), :, :, labels] += 120
-    noise = rng.integers(0, 2, (4, 8, 8, 3), dtype=np.uint8) * np.uint8(255)
+    images, labels = coloured(1, 12)
+    noise = np.random.default_rng(2).integers(0, 2, (4, 8, 8, 3), dtype=np.uint8) * np.uint8(255)
     images[labels == 2] = noise
     path = tmp_path_factory.mktemp("odd") / "odd.npz"
     np.savez(path, images=images, labels=labels)

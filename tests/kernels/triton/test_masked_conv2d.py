@@ -12,6 +12,7 @@ from fastvq.reference.masked_conv2d import masked_conv2d as reference
 
 kernels = pytest.importorskip("fastvq.kernels.triton.masked_conv2d", reason="needs triton")
 tiles = pytest.importorskip("fastvq.kernels.triton.masked_conv2d_tiles")
+pytestmark = pytest.mark.usefixtures("without_tf32")
 
 CASES = [  # x, O, kernel, mask type, dilation: ragged blocks, pictures smaller than the kernel
     ((2, 5, 6, 9), 7, (3, 3), "A", 1),
@@ -23,14 +24,6 @@ CASES = [  # x, O, kernel, mask type, dilation: ragged blocks, pictures smaller 
     ((2, 3, 4, 4), 2, (1, 1), "A", 1),
     ((1, 18, 1, 90), 33, (1, 5), "B", 4),
 ]
-
-
-@pytest.fixture(autouse=True)
-def _float32_products_keep_24_bits():
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    yield
-    torch.backends.cudnn.allow_tf32 = before
 
 
 def _tensors(shape, out_channels, kernel, device, dtype=torch.float32) -> tuple[Tensor, ...]:
