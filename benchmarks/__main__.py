@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 
 import torch
 
 from fastvq.cli.machine import add_bench_options
+from fastvq.cli.options import OneLineParser
 
 from .running import run_suite, waiting
 from .suites import SUITES, Context, load, parse_case, summary
@@ -15,7 +15,7 @@ from .suites import SUITES, Context, load, parse_case, summary
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0; 1 where a check was red; 2 for a wrong option."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="python -m benchmarks",
         description="Check fastvq and its rivals on the same inputs, then time them in turn. "
         "Records are appended to benchmarks/results/.",

@@ -317,6 +317,45 @@ def test_wrong_input_ends_in_one_line(
     assert not (tmp_path / "new").exists()
 
 
+def test_what_is_no_data_ends_in_one_line(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    garbage, picture, folder = tmp_path / "a.npy", tmp_path / "b.png", tmp_path / "c"
+    garbage.write_bytes(b"garbage")
+    picture.write_bytes(b"\x89PNG without an end")
+    folder.mkdir()
+    (folder / "d.png").write_bytes(b"junk")
+    new = str(tmp_path / "new")
+    train = ("train", "--model", "vqvae", "--run", new, "--data")
+    data = str(work / "shapes.npz")
+    encode = ("encode", "--run", str(work / "vq"), "--data", data, "--out", new, "--device")
+    cases = {
+        (*train, str(garbage)): "a.npy': not a readable NumPy file. Save one uint8 or float",
+        (*train, str(picture)): "b.png': not a supported file. It may be a folder",
+        (*train, str(folder)): "d.png: not a picture of a known format, or damaged.",
+        (*train, ""): "argument --data: must be a path; got ''",
+        ("train", "--run", "", "--resume"): "argument --run: must be a path; got ''",
+        (*train, data, "--workers", "-1"): "workers must be 0 or more; got -1",
+        (*train, data, "--set", "decay=0,9"): "VQVAE: Codebook: decay must be a number; got str",
+        (*train, data, "--set", "dilations=3"): "dilations must be at least one of 1, 2, …; got 3",
+        (*train, data, "--set", "num_codes=null"): "num_codes must be an int; got NoneType",
+        ("train", "--run", str(work / "vae"), "--resume", "--model", "vqvae"): ", vae, or left out",
+        (*encode, "quantum"): "device 'quantum' cannot be used",
+        ("evaluate", "--run", str(work / "vae"), "--data", data, "--limit", "0"): (
+            "limit must be at least 1; got 0"
+        ),
+        (
+            *("sample", "--run", str(work / "prior"), "--count", "3", "--out", new),
+            *("--keep-best", "0.5", "--classifier", new),
+        ): "there is no such folder",
+    }
+    if not torch.cuda.is_available():
+        cases[(*encode, "cuda")] = "device 'cuda' cannot be used"
+    for arguments, message in cases.items():
+        assert message in refused(capsys, *arguments), arguments
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_missing_package_is_named(
     work: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

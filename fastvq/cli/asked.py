@@ -59,6 +59,11 @@ def resumed(config: type[Any], run: str, given: dict[str, Any], kinds: Sequence[
             f"run '{run}' must be of a {' or '.join(kinds)}; it is of a {started.kind}. Resume it "
             f"with fastvq {'train-prior' if started.kind == 'prior' else 'train'}."
         )
+    model = started.config.get("model")
+    if given.get("model", model) != model:
+        raise ValueError(
+            f"--model must be that of run '{run}', {model}, or left out; got {given['model']}."
+        )
     fields = {field.name for field in dataclasses.fields(config)}
     settings = {name: value for name, value in started.config.items() if name in fields}
     merged = {**settings.get("model_arguments", {}), **given.get("model_arguments", {})}

@@ -36,7 +36,7 @@ def add_train_classifier(commands: Any) -> None:
 
 def _train_classifier(arguments: argparse.Namespace) -> None:
     from fastvq.train.classifier import train_classifier
-    from fastvq.train.showing import device_of
+    from fastvq.train.processes import device_of
 
     trained = train_classifier(
         arguments.data,

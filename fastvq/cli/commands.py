@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
-from typing import NoReturn
 
 from fastvq.version import __version__
 
@@ -14,24 +12,16 @@ from .demo import add_demo
 from .detection import add_detect
 from .evaluation import add_evaluate
 from .machine import add_bench, add_info
+from .options import OneLineParser
 from .priors import add_train_prior
 from .reconstruction import add_reconstruct
 from .sampling import add_sample
 from .training import add_train
 
 
-class _Parser(argparse.ArgumentParser):
-    """Ends with one line on a wrong option."""
-
-    def error(self, message: str) -> NoReturn:
-        print(f"{self.prog}: {message}. Try {self.prog} --help.", file=sys.stderr)
-        sys.exit(2)
-
-
 def parser() -> argparse.ArgumentParser:
-    """The parser of `fastvq`; what it returns has the `command`, what can `perform`
-    it, and the `extras` that needs."""
-    root = _Parser(
+    """The parser of `fastvq`; what it parses has `command`, `perform`, and the `extras` needed."""
+    root = OneLineParser(
         prog="fastvq",
         description="Train VAE, VQ-VAE and VQ-VAE-2 models and the priors over their codes, and "
         "draw new pictures.",

@@ -33,9 +33,9 @@ def add_evaluate(commands: Any) -> None:
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     from fastvq.train.metrics import evaluate_bits_per_dim, evaluate_code_bits, evaluate_elbo
+    from fastvq.train.processes import device_of
     from fastvq.train.run_data import is_of_sounds
     from fastvq.train.run_folder import load_run
-    from fastvq.train.showing import device_of
 
     run = load_run(arguments.run)
     options: dict[str, Any] = {

@@ -8,8 +8,9 @@ for; its default is that of the configuration. This needs nothing but Python, as
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 DATA = """\
 DATA is a folder of pictures or of WAV files (flat, or one sub-folder per class), a zip of one,
@@ -23,6 +24,21 @@ CLASS_PATTERN_HELP = (
     "read each file's class from its name: a regular expression with one group, such as "
     "'^([^_]+)_' (default: the folders' names)"
 )
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Ends with one line on a wrong option."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: {message}. Try {self.prog} --help.", file=sys.stderr)
+        sys.exit(2)
+
+
+def path(text: str) -> str:
+    """The type of a path; an empty one, of a shell variable without a value, is none."""
+    if not text:
+        raise argparse.ArgumentTypeError("must be a path; got ''")
+    return text
 
 
 def add_command(
@@ -49,7 +65,7 @@ def add_command(
 def add_training_options(command: argparse.ArgumentParser) -> None:
     """What `train` and `train-prior` share: the fields of `LoopConfig`."""
     run = command.add_argument_group("run")
-    run.add_argument("--run", required=True, metavar="DIR", help="folder to write")
+    run.add_argument("--run", required=True, type=path, metavar="DIR", help="folder to write")
     run.add_argument(
         "--resume",
         action="store_true",
@@ -120,7 +136,7 @@ def add_model_options(command: argparse.ArgumentParser, flags: dict[str, str]) -
 
 def add_data_options(command: argparse.ArgumentParser) -> None:
     """Which data, and which part of it."""
-    command.add_argument("--data", required=True, metavar="DATA", help="see above")
+    command.add_argument("--data", required=True, type=path, metavar="DATA", help="see above")
     command.add_argument("--split", choices=("train", "val", "test"), help=SPLIT_HELP)
     command.add_argument("--only", metavar="REGEX", help=ONLY_HELP)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from .asked import given_fields, require_options, resumed, say_where
 from .codes import code_folder
-from .options import ABSENT, SPLIT_HELP, add_command, add_model_options, add_training_options
+from .options import ABSENT, SPLIT_HELP, add_command, add_model_options, add_training_options, path
 
 PRIOR_FLAGS = {
     "hidden_channels": "width of each level's PixelCNN (default 64)",
@@ -32,7 +32,9 @@ def add_train_prior(commands: Any) -> None:
         "fastvq train-prior --data photos.zip --vqvae runs/photos --run runs/photos-prior",
     )
     own = command.add_argument_group("model and data")
-    own.add_argument("--data", metavar="PATH", help="a folder of codes, or pictures", **ABSENT)
+    own.add_argument(
+        "--data", type=path, metavar="PATH", help="a folder of codes, or pictures", **ABSENT
+    )
     own.add_argument("--vqvae", metavar="DIR", help="run that encodes pictures", **ABSENT)
     own.add_argument("--split", choices=("train", "val", "test"), help=SPLIT_HELP, **ABSENT)
     own.add_argument(

@@ -69,8 +69,8 @@ def _reconstruct(arguments: argparse.Namespace) -> None:
 
 
 def _reconstruct_sounds(arguments: argparse.Namespace, out: str | Path) -> None:
+    from fastvq.train.processes import device_of
     from fastvq.train.run_folder import load_run
-    from fastvq.train.showing import device_of
     from fastvq.train.sound_showing import show_sound_reconstructions
 
     report = show_sound_reconstructions(
@@ -91,8 +91,8 @@ def _reconstruct_sounds(arguments: argparse.Namespace, out: str | Path) -> None:
 
 
 def _reconstruct_text(arguments: argparse.Namespace) -> None:
+    from fastvq.train.processes import device_of
     from fastvq.train.run_folder import load_run
-    from fastvq.train.showing import device_of
     from fastvq.train.text_bits import evaluate_text
     from fastvq.train.text_showing import reconstruct_lines
 

@@ -112,8 +112,8 @@ def _sample(arguments: argparse.Namespace) -> None:
 
 
 def _sample_text(arguments: argparse.Namespace) -> None:
+    from fastvq.train.processes import device_of
     from fastvq.train.run_folder import load_run
-    from fastvq.train.showing import device_of
     from fastvq.train.text_showing import interpolate_lines, sample_lines
 
     run, device = load_run(arguments.run), device_of(arguments.device)

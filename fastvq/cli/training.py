@@ -15,6 +15,7 @@ from .options import (
     add_command,
     add_model_options,
     add_training_options,
+    path,
 )
 
 MODEL_FLAGS = {
@@ -42,7 +43,7 @@ def add_train(commands: Any) -> None:
     )
     own = command.add_argument_group("model and data")
     own.add_argument("--model", choices=("vae", "vqvae", "vqvae2"), help="what to train", **ABSENT)
-    own.add_argument("--data", metavar="DATA", help="see above", **ABSENT)
+    own.add_argument("--data", type=path, metavar="DATA", help="see above", **ABSENT)
     own.add_argument("--split", choices=("train", "val", "test"), help=SPLIT_HELP, **ABSENT)
     own.add_argument(
         "--image-size",

@@ -44,7 +44,7 @@ def difference(
                 torch.manual_seed(1)
                 with torch.no_grad():
                     fill(module)
-        except Exception as error:
+        except Exception as error:  # the host's own code: whatever it raises is an answer
             return f"it cannot be copied for a rehearsal: {_first_line(error)}"
         for training in (False, True) if alone else (False,):
             try:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvq.models.pretrained import Pretrained
+from fastvq.ops.checks import check_int
 
 
 class Classifier(Pretrained, nn.Module):
@@ -46,8 +47,7 @@ class Classifier(Pretrained, nn.Module):
             ("in_channels", in_channels),
             ("hidden_channels", hidden_channels),
         ):
-            if value < 1:
-                raise ValueError(f"Classifier: {name} must be at least 1; got {value}.")
+            check_int("Classifier", name, value)
         if class_names is not None and len(class_names) != num_classes:
             raise ValueError(
                 f"Classifier: class_names must name all {num_classes} classes; got "

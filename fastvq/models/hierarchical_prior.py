@@ -209,7 +209,12 @@ class HierarchicalPrior(Pretrained, nn.Module):
         Raises:
             ValueError: image_size is not a multiple of the top level's downsampling.
         """
-        config: dict[str, Any] = vqvae2.config  # type: ignore[assignment]
+        config: dict[str, Any] = getattr(vqvae2, "config", {})
+        if not {"downsample", "num_codes"} <= config.keys():
+            raise TypeError(
+                "HierarchicalPrior.for_model: vqvae2 must be a VQVAE2 or a VQVAE; got "
+                f"{type(vqvae2).__name__}."
+            )
         levels, downsample = config.get("levels", 1), config["downsample"]
         dimensions = config.get("dimensions", 2)
         size = (image_size,) * dimensions if isinstance(image_size, int) else tuple(image_size)

@@ -21,6 +21,7 @@ from fastvq.nn.dimensions import CONVOLUTIONS, check_dimensions
 from fastvq.nn.gated_causal_conv import GatedCausalConv1d
 from fastvq.nn.gated_layer import GatedLayer
 from fastvq.nn.gated_masked_conv import GatedMaskedConv2d
+from fastvq.ops.checks import check_int
 
 
 class ReceptiveField(NamedTuple):
@@ -71,6 +72,10 @@ def check_class_labels(class_labels: Tensor | None, num_classes: int | None, bat
         raise ValueError(
             f"PixelCNN: class_labels must be given to a prior built with num_classes="
             f"{num_classes}; got None."
+        )
+    if not isinstance(class_labels, Tensor):
+        raise TypeError(
+            f"PixelCNN: class_labels must be a torch.Tensor; got {type(class_labels).__name__}."
         )
     if class_labels.dtype != torch.int64:
         raise TypeError(f"PixelCNN: class_labels must be int64; got {class_labels.dtype}.")
@@ -148,8 +153,7 @@ class PixelCNN(Pretrained, nn.Module):
             ("num_classes", 1 if num_classes is None else num_classes, 1),
             ("condition_channels", 1 if condition_channels is None else condition_channels, 1),
         ):
-            if value < least:
-                raise ValueError(f"PixelCNN: {name} must be at least {least}; got {value}.")
+            check_int("PixelCNN", name, value, least)
         self.num_codes = num_codes
         self.num_classes = num_classes
         self.condition_channels = condition_channels

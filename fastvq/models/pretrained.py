@@ -71,6 +71,10 @@ class Pretrained:
                 )
             state[key] = value.detach().to("cpu", copy=True).contiguous()
         folder = Path(directory)
+        if folder.exists() and not folder.is_dir():
+            raise NotADirectoryError(
+                f"save_pretrained: '{folder}' must be a folder, new or old; a file is there."
+            )
         folder.mkdir(parents=True, exist_ok=True)
         metadata = {"format": "pt", _CHECKSUM_KEY: _checksum(state)}
         replace_file(
@@ -203,6 +207,11 @@ def _checksum(state: Mapping[str, Tensor]) -> str:
 
 def _locate(source: str | os.PathLike[str], hub: dict[str, Any]) -> tuple[Path, Path]:
     """Paths of the configuration and the weights, fetched from the hub where need be."""
+    if not isinstance(source, (str, os.PathLike)):
+        raise TypeError(
+            "from_pretrained: directory_or_hub_id must be a path or 'owner/name'; got "
+            f"{type(source).__name__}."
+        )
     folder = Path(source)
     if folder.is_dir():
         for name in (CONFIG_NAME, WEIGHTS_NAME):

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvq.nn.gaussian import DiagonalGaussian
+from fastvq.ops.checks import check_int
 
 from .pretrained import Pretrained
 
@@ -67,6 +68,8 @@ class VAE(Pretrained, nn.Module):
     ) -> None:
         super().__init__()
         size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+        for side in size:
+            check_int("VAE", "image_size", side)
         if len(size) != 2 or min(size) < 4:
             raise ValueError(
                 f"VAE: image_size must be one size or (H, W), at least 4; got {image_size}."
@@ -76,8 +79,7 @@ class VAE(Pretrained, nn.Module):
             ("hidden_channels", hidden_channels),
             ("latent_dim", latent_dim),
         ):
-            if value < 1:
-                raise ValueError(f"VAE: {name} must be at least 1; got {value}.")
+            check_int("VAE", name, value)
         if likelihood not in ("bernoulli", "gaussian"):
             raise ValueError(
                 f"VAE: likelihood must be 'bernoulli' or 'gaussian'; got {likelihood!r}."
@@ -165,6 +167,7 @@ class VAE(Pretrained, nn.Module):
 
         `seed` makes z the same on every device; None draws it with the global CPU generator.
         """
+        check_int("VAE.sample", "n", n, least=0)
         generator = None if seed is None else torch.Generator().manual_seed(seed)
         z = torch.randn(n, self.latent_dim, generator=generator)
         weight = next(self.decoder.parameters())

@@ -25,6 +25,7 @@ from fastvq.nn.strided_coder import (
     strided_decoder,
     strided_encoder,
 )
+from fastvq.ops.checks import check_int, check_number
 
 from .pretrained import Pretrained
 
@@ -137,14 +138,14 @@ class VQVAE2(Pretrained, nn.Module):
         least = {"in_channels": 1, "levels": 1, "hidden_channels": 2, "residual_channels": 1}
         least |= {"num_residual_blocks": 0, "num_codes": 1, "code_dim": 1, "stage_blocks": 0}
         for argument, value in least.items():
-            if locals()[argument] < value:
-                raise ValueError(
-                    f"{name}: {argument} must be at least {value}; got {locals()[argument]}."
-                )
+            check_int(name, argument, locals()[argument], value)
+        check_int(name, "downsample", downsample)
         if downsample < 2 or downsample & (downsample - 1):
             raise ValueError(f"{name}: downsample must be 2, 4, 8, …; got {downsample}.")
         if codebook not in ("ema", "gradient"):
             raise ValueError(f"{name}: codebook must be 'ema' or 'gradient'; got {codebook!r}.")
+        for argument in ("level_dropout", "data_variance", "commitment_weight"):
+            check_number(name, argument, locals()[argument])
         if not 0.0 <= level_dropout < 1.0:
             raise ValueError(f"{name}: level_dropout must be in [0, 1); got {level_dropout}.")
         if not data_variance > 0.0:
@@ -488,7 +489,9 @@ def _check_sequence_options(
 ) -> None:
     """Refuse values out of range, and what only sounds have where the model is of pictures."""
     check_dimensions(name, dimensions)
-    if not dilations or any(dilation < 1 for dilation in dilations):
+    check_number(name, "spectral_weight", spectral_weight)
+    listed = isinstance(dilations, Sequence) and not isinstance(dilations, str)
+    if not listed or not dilations or any(dilation < 1 for dilation in dilations):
         raise ValueError(f"{name}: dilations must be at least one of 1, 2, …; got {dilations!r}.")
     if spectral_weight < 0.0:
         raise ValueError(f"{name}: spectral_weight must be 0 or more; got {spectral_weight}.")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvq import ops
+from fastvq.ops.checks import check_int, check_number
 from fastvq.ops.code_statistics import statistics_of_search
 from fastvq.ops.ema_step import (
     LARGEST_SUM,
@@ -153,8 +154,9 @@ class Codebook(nn.Module):
             ("dim", dim),
             ("num_codebooks", num_codebooks),
         ):
-            if size < 1:
-                raise ValueError(f"Codebook: {name} must be at least 1; got {size}.")
+            check_int("Codebook", name, size)
+        for name, number in (("decay", decay), ("eps", eps), ("revive_below", revive_below)):
+            check_number("Codebook", name, number)
         if not 0.0 <= decay <= 1.0:
             raise ValueError(f"Codebook: decay must be in [0, 1]; got {decay}.")
         if not eps > 0.0:

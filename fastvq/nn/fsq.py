@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from fastvq.ops.checks import check_indices
+
 from .finite_rows import linear_projections, projected
 from .scalar_levels import ScalarLevels
 
@@ -233,6 +235,7 @@ class FSQ(nn.Module):
         return out.movedim(-1, 1) if image or self.channel_first else out
 
     def _indices_to_codes(self, indices: Tensor) -> Tensor:
+        check_indices("FSQ.indices_to_codes", "indices", indices, self.codebook_size)
         codes = self._scale_and_shift_inverse(self.indices_to_level_indices(indices))
         return torch.where((indices >= 0)[..., None], codes, 0.0)
 

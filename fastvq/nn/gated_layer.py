@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fastvq.nn.dimensions import CONVOLUTIONS
 from fastvq.nn.masked_conv import check_mask_type
+from fastvq.ops.checks import check_indices, check_int, check_number
 
 
 class GatedLayer(nn.Module):
@@ -46,8 +47,10 @@ class GatedLayer(nn.Module):
         check_mask_type(name, mask_type)
         if kernel_size < 3 or kernel_size % 2 == 0:
             raise ValueError(f"{name}: kernel_size must be odd and at least 3; got {kernel_size}.")
-        if dilation < 1:
-            raise ValueError(f"{name}: dilation must be at least 1; got {dilation}.")
+        check_int(name, "dilation", dilation)
+        check_number(name, "dropout", dropout)
+        if not 0.0 <= dropout <= 1.0:
+            raise ValueError(f"{name}: dropout must be in 0 … 1; got {dropout}.")
         self.hidden_channels = hidden_channels
         self.kernel_size = kernel_size
         self.mask_type = mask_type
@@ -77,6 +80,8 @@ class GatedLayer(nn.Module):
                 f"got class_labels {'None' if class_labels is None else 'given'} with "
                 f"num_classes={self.num_classes}."
             )
+        if class_labels is not None and self.num_classes is not None:
+            check_indices(name, "class_labels", class_labels, self.num_classes, least=0)
         if (condition is None) != (self.condition_map is None):
             raise ValueError(
                 f"{name}: condition must be given exactly when condition_channels is; "

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvq import ops
+from fastvq.ops.checks import check_int
 
 # k-means++ draws this many codes one by one; a larger codebook is drawn in this many groups, so
 # that the start costs no more than a few Lloyd iterations whatever the number of codes.
@@ -53,13 +54,16 @@ def kmeans(
         ValueError: a bad shape or value, or no finite row at all.
     Lloyd 1982; Arthur & Vassilvitskii 2007 (k-means++); Dhillon & Modha 2001 (cosine).
     """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"kmeans: x must be a torch.Tensor; got {type(x).__name__}.")
     if x.dim() != 2 or not x.is_floating_point():
         raise ValueError(
             f"kmeans: x must be a floating (N, D) tensor; got {x.dtype} {tuple(x.shape)}."
         )
     for name, value, least in (("num_codes", num_codes, 1), ("iterations", iterations, 0)):
-        if value < least:
-            raise ValueError(f"kmeans: {name} must be at least {least}; got {value}.")
+        check_int("kmeans", name, value, least)
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"kmeans: seed must be an int; got {type(seed).__name__}.")
     if init not in ("kmeans++", "random"):
         raise ValueError(f"kmeans: init must be 'kmeans++' or 'random'; got {init!r}.")
     if metric not in ("l2", "cosine"):

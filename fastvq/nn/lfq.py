@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastvq.ops.checks import check_indices, check_int
+
 from .binary_entropy import binary_entropies, half_signs, sign_codes
 from .finite_rows import all_finite, projected
 from .precision import without_autocast
@@ -125,6 +127,7 @@ class LFQ(nn.Module):
         if codebook_size is None:
             if dim is None:
                 raise ValueError("LFQ: dim or codebook_size must be given; got neither.")
+            check_int("LFQ", "dim", dim)
             codebook_size = 2**dim
         if codebook_size < 2 or codebook_size & (codebook_size - 1):
             raise ValueError(
@@ -214,6 +217,7 @@ class LFQ(nn.Module):
         Args:
             project_out: False leaves the projection out.
         """
+        check_indices("LFQ.indices_to_codes", "indices", indices, self.codebook_size)
         image = indices.dim() >= 3 + int(self.keep_num_codebooks_dim)
         first = image if self.channel_first is None else self.channel_first
         if not self.keep_num_codebooks_dim:

@@ -18,6 +18,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastvq.ops.checks import check_int
+
 # Seeds of quantizer dropout are below this, as in vector-quantize-pytorch.
 _SEEDS = 10_000
 
@@ -51,8 +53,7 @@ class ResidualLevels(nn.Module, abc.ABC):
     ) -> None:
         super().__init__()
         name = type(self).__name__
-        if num_quantizers < 1:
-            raise ValueError(f"{name}: num_quantizers must be at least 1; got {num_quantizers}.")
+        check_int(name, "num_quantizers", num_quantizers)
         self.num_quantizers = num_quantizers
         self.quantize_dropout = bool(quantize_dropout) and num_quantizers > 1
         last = num_quantizers - 1 if self.quantize_dropout else quantize_dropout_cutoff_index

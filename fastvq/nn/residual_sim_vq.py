@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastvq.ops.checks import check_indices
 from fastvq.ops.code_statistics import rows_of_codes
 
 from .residual_levels import ResidualLevels
@@ -86,7 +87,11 @@ class ResidualSimVQ(ResidualLevels):
         return torch.stack([self._layer(q).codebook for q in range(self.num_quantizers)])
 
     def _level_codes(self, level: int, indices: Tensor) -> Tensor:
-        return rows_of_codes(self._layer(level).codebook, indices)
+        layer = self._layer(level)
+        check_indices(
+            "ResidualSimVQ.get_codes_from_indices", "indices", indices, layer.codebook_size
+        )
+        return rows_of_codes(layer.codebook, indices)
 
     def get_codes_from_indices(self, indices: Tensor) -> Tensor:
         """(Q, B, …, dim), or (Q, B, dim, …) with `channel_first`, for indices (B, …, Q)."""

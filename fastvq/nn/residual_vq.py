@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvq import ops
+from fastvq.ops.checks import check_indices, check_int
 from fastvq.ops.code_statistics import rows_of_codes
 
 from .finite_rows import linear_projections, projected
@@ -158,7 +159,9 @@ class ResidualVQ(ResidualLevels):
         return torch.stack(books) if self.uniform_codebook_size else books
 
     def _level_codes(self, level: int, indices: Tensor) -> Tensor:
-        return rows_of_codes(self._layer(level).codebook, indices)
+        layer = self._layer(level)
+        check_indices("ResidualVQ.get_codes_from_indices", "indices", indices, layer.codebook_size)
+        return rows_of_codes(layer.codebook, indices)
 
     def get_output_from_indices(self, indices: Tensor) -> Tensor:
         """What `forward` makes of indices (B, …, Q), in x's layout."""
@@ -310,6 +313,7 @@ def _codebook_sizes(
                 "ResidualVQ: num_quantizers must be given, or codebook_size a tuple with a size "
                 f"for every level; got codebook_size={codebook_size} alone."
             )
+        check_int("ResidualVQ", "num_quantizers", num_quantizers)
         return (codebook_size,) * num_quantizers
     if num_quantizers not in (None, len(codebook_size)):
         raise ValueError(

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastvq import ops
+from fastvq.ops.checks import check_indices, check_int
 
 
 def _identity(codes: Tensor) -> Tensor:
@@ -61,6 +62,8 @@ class SimVQ(nn.Module):
         frozen_codebook_dim: int | None = None,
     ) -> None:
         super().__init__()
+        check_int("SimVQ", "dim", dim)
+        check_int("SimVQ", "codebook_size", codebook_size)
         self.dim, self.codebook_size = dim, codebook_size
         self.channel_first = channel_first
         width = dim if frozen_codebook_dim is None else frozen_codebook_dim
@@ -84,6 +87,7 @@ class SimVQ(nn.Module):
 
     def indices_to_codes(self, indices: Tensor) -> Tensor:
         """What `forward` makes of indices (B, …), in x's layout; zeros for −1."""
+        check_indices("SimVQ.indices_to_codes", "indices", indices, self.codebook_size)
         frozen = F.embedding(indices.clamp(min=0), self.frozen_codebook)
         codes = torch.where((indices >= 0)[..., None], self.code_transform(frozen), 0.0)
         return codes.movedim(-1, 1) if self.channel_first else codes

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvq import ops
+from fastvq.ops.checks import check_float, check_indices
 from fastvq.ops.code_statistics import rows_of_codes
 from fastvq.ops.vector_quantize_mean import vector_quantize_mean
 
@@ -176,12 +177,8 @@ class VectorQuantize(nn.Module):
         route_gradients_to_input: bool = True,
     ) -> None:
         super().__init__()
-        given = dict(locals())
+        rotation = check_constructor(dict(locals()))
         learnable = bool(learnable_codebook)
-        rotation = rotation_trick
-        if rotation is None:
-            rotation = dim > 1 and not straight_through
-        check_constructor(given, rotation)
         self._layout = VectorLayout(
             dim,
             heads,
@@ -298,6 +295,7 @@ class VectorQuantize(nn.Module):
         Raises:
             ValueError: arguments exclude each other, or shapes disagree.
         """
+        check_float("VectorQuantize", "x", x)
         rows, shape = self._layout.rows(x)
         row_mask = self._layout.row_mask(mask, lens, shape, x.device)
         self._check_call(topk, codebook_transform_fn, indices)
@@ -472,6 +470,9 @@ class VectorQuantize(nn.Module):
             (B, N, D); (B, N, heads, D) for a codebook shared by several heads; (B, N, heads·D) for
             separate ones. Channels go where x has them, for one head or separate codebooks.
         """
+        check_indices(
+            "VectorQuantize.get_codes_from_indices", "indices", indices, self.codebook_size
+        )
         codes = self.codebook
         if self.separate_codebook_per_head:
             offset = torch.arange(self.heads, device=indices.device) * self.codebook_size

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from fastvq.ops.checks import check_int
+
 from .processes import world_size
 
 # Arguments of the constructor that are out of scope, with their defaults.
@@ -35,17 +37,23 @@ def refuse_unsupported(where: str, given: dict[str, Any], defaults: dict[str, An
             )
 
 
-def check_constructor(given: dict[str, Any], rotation: bool) -> None:
+def check_constructor(given: dict[str, Any]) -> bool:
     """Refuse arguments out of scope, out of range, or that exclude each other.
 
     Args:
         given: every argument by name.
-        rotation: whether the gradient is the rotation trick's, asked for or by default.
+    Returns:
+        Whether the gradient is the rotation trick's, asked for or by default.
     """
     where = "VectorQuantize"
+    for name in ("dim", "codebook_size", "codebook_dim", "heads"):
+        if given[name] is not None or name != "codebook_dim":
+            check_int(where, name, given[name])
     refuse_unsupported(where, given, _UNSUPPORTED)
-    require(given["heads"] >= 1, f"{where}: heads must be at least 1; got {given['heads']}.")
     learnable, straight_through = bool(given["learnable_codebook"]), given["straight_through"]
+    rotation = given["rotation_trick"]
+    if rotation is None:
+        rotation = given["dim"] > 1 and not straight_through
     for rule, broken in {
         "learnable_codebook=True excludes ema_update=True; "
         "a code is moved by the loss or by averages": learnable and bool(given["ema_update"]),
@@ -65,6 +73,7 @@ def check_constructor(given: dict[str, Any], rotation: bool) -> None:
         ),
     }.items():
         require(not broken, f"{where}: {rule}.")
+    return bool(rotation)
 
 
 def require(condition: bool, message: str) -> None:

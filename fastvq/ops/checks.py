@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numbers
+
 import torch
 from torch import Tensor
 
@@ -22,6 +24,11 @@ def check_float(op: str, name: str, tensor: object) -> None:
         raise TypeError(
             f"{op}: {name} must be float32, float16, bfloat16 or float64; got "
             f"{str(tensor.dtype).removeprefix('torch.')}. Convert it with {name}.float()."
+        )
+    if tensor.layout != torch.strided:
+        raise TypeError(
+            f"{op}: {name} must be dense; got {str(tensor.layout).removeprefix('torch.')}. "
+            f"Convert it with {name}.to_dense()."
         )
 
 
@@ -72,8 +79,34 @@ def check_choice(op: str, name: str, value: object, allowed: tuple[str, ...]) ->
         raise ValueError(f"{op}: {name} must be {listed}; got {value!r}.")
 
 
-def check_positive_int(op: str, name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
+def check_int(op: str, name: str, value: object, least: int = 1) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{op}: {name} must be an int; got {type(value).__name__}.")
-    if value < 1:
-        raise ValueError(f"{op}: {name} must be at least 1; got {value}.")
+    if int(value) < least:
+        raise ValueError(f"{op}: {name} must be at least {least}; got {value}.")
+
+
+def check_number(op: str, name: str, value: object) -> None:
+    if not isinstance(value, numbers.Real):
+        raise TypeError(f"{op}: {name} must be a number; got {type(value).__name__} {value!r}.")
+
+
+def check_indices(op: str, name: str, indices: object, count: int, least: int = -1) -> None:
+    """`indices` are integers in `least` … count − 1.
+
+    Their values are looked at in eager mode on CPUs, where that takes no wait for a device.
+    """
+    if not isinstance(indices, Tensor):
+        raise TypeError(f"{op}: {name} must be a torch.Tensor; got {type(indices).__name__}.")
+    if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
+        raise TypeError(
+            f"{op}: {name} must be integers; got {str(indices.dtype).removeprefix('torch.')}."
+        )
+    if torch.compiler.is_compiling() or indices.device.type != "cpu" or indices.numel() == 0:
+        return
+    low, high = (int(value) for value in indices.aminmax())
+    if low < least or high >= count:
+        none = "−1 or " if least < 0 else ""
+        raise ValueError(
+            f"{op}: {name} must be {none}in 0 … {count - 1}; got {low if low < least else high}."
+        )

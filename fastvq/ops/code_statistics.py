@@ -42,7 +42,7 @@ def code_statistics(
     """
     op = "code_statistics"
     checks.check_rows(op, x)
-    checks.check_positive_int(op, "num_codes", num_codes)
+    checks.check_int(op, "num_codes", num_codes)
     _check_indices(indices, x)
     chosen = choose(op, backend, x)
     if chosen == "reference" or (chosen == "triton" and not indices.is_cuda):

@@ -96,7 +96,7 @@ def gated_masked_conv(
         "condition_weight": condition_weight,
     }
     _check_shapes(vertical, horizontal, weights, mask_type, added)
-    checks.check_positive_int(op, "dilation", dilation)
+    checks.check_int(op, "dilation", dilation)
     if seed is not None and not 0.0 <= dropout <= 1.0:
         raise ValueError(f"{op}: dropout must be in 0 … 1; got {dropout}.")
     chosen = choose(op, backend, vertical, horizontal)

@@ -127,7 +127,7 @@ def check_convolution(
     checks.check_float(op, "weight", weight)
     if x.dim() != spatial + 2:
         raise ValueError(f"{op}: x must be {layout}; got {checks.shape(x)}.")
-    checks.check_positive_int(op, "groups", groups)
+    checks.check_int(op, "groups", groups)
     if x.shape[1] % groups:
         raise ValueError(
             f"{op}: groups must divide the {x.shape[1]} channels of x {checks.shape(x)}; "
@@ -159,13 +159,13 @@ def check_convolution(
             )
         checks.check_device(op, "bias", bias, x)
     checks.check_choice(op, "mask_type", mask_type, MASK_TYPES)
-    checks.check_positive_int(op, "dilation", dilation)
+    checks.check_int(op, "dilation", dilation)
 
 
 def _check_channel_groups(
     op: str, x: Tensor, weight: Tensor, groups: int, channel_groups: int
 ) -> None:
-    checks.check_positive_int(op, "channel_groups", channel_groups)
+    checks.check_int(op, "channel_groups", channel_groups)
     if channel_groups > 1 and groups > 1:
         raise ValueError(
             f"{op}: channel_groups must be 1 where groups is not, since groups never see each "

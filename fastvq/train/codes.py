@@ -33,7 +33,7 @@ from fastvq.train.output_folder import (
     move_into_place,
     partial_path,
 )
-from fastvq.train.processes import several_on_cpus
+from fastvq.train.processes import device_of, several_on_cpus
 from fastvq.train.run_data import data_like, described
 from fastvq.train.run_folder import Run, load_run
 from fastvq.train.stage1 import class_names
@@ -99,7 +99,8 @@ def extract_codes(
         clip_seconds=clip_seconds,
         strict=strict,
     )
-    model = cast(VQVAE2, run.model(state.device if device is None else device))
+    where = state.device if device is None else device_of(str(device))
+    model = cast(VQVAE2, run.model(where))
     partial = partial_path(out)
     state.wait_for_everyone()
     if state.is_main_process:

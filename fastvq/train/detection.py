@@ -37,9 +37,9 @@ from fastvq.train.heat_maps import save_heat_maps
 from fastvq.train.metrics import area_under_roc
 from fastvq.train.output_folder import check_free, make_partial, move_into_place
 from fastvq.train.pictures import save_histogram
+from fastvq.train.processes import device_of
 from fastvq.train.run_data import data_like, is_of_sounds
 from fastvq.train.run_folder import load_run
-from fastvq.train.showing import device_of
 from fastvq.train.spectrograms import spectrogram_pictures
 from fastvq.train.stage1 import class_names
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastvq.models import VAE, VQVAE2, HierarchicalPrior
+from fastvq.ops.checks import check_int
 from fastvq.train.data import evaluation_batches, examples
 from fastvq.train.run_data import data_like, is_of_sounds
 from fastvq.train.run_folder import Run, load_run
@@ -306,6 +307,7 @@ def _batches(
 ) -> Iterable[Any]:
     dataset = data_like(run, data, split=split, only=only, clip_seconds=clip_seconds)
     if limit is not None:
+        check_int("evaluate", "limit", limit)
         dataset = dataset.subset(range(min(limit, len(dataset))))
     with evaluation_batches(dataset, batch_size=batch_size) as batches:
         yield from batches

@@ -18,10 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from fastvq import sampling
+from fastvq.models import Classifier
 from fastvq.train.classifier import judge
 from fastvq.train.completion import KnownPart, known_part
 from fastvq.train.data import ItemDataset, evaluation_batches, examples
 from fastvq.train.pictures import level_names, reconstructions, save_grid, save_reconstructions
+from fastvq.train.processes import device_of
 from fastvq.train.run_data import data_like
 from fastvq.train.run_folder import Run, load_run
 
@@ -142,6 +144,7 @@ def _to_be_judged(
             "sample: --keep-best must be left out for a prior without classes: there is no "
             "intended class whose probability would rank its pictures."
         )
+    Classifier.from_pretrained(classifier)  # what is wrong with it is said before the drawing
     found, counts = labels.unique_consecutive(return_counts=True)
     drawn = [sampling.draws_for(count, fraction) for count in counts.tolist()]
     return found.repeat_interleave(torch.tensor(drawn))
@@ -268,18 +271,6 @@ def measure_levels(
 
 def _psnr(mse: float) -> float:
     return math.inf if mse == 0.0 else -10.0 * math.log10(mse)
-
-
-def device_of(device: str | None) -> str:
-    """The device asked for, or CUDA where there is one."""
-    if device is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise RuntimeError(f"device '{device}' cannot be used: {reason}") from error
-    return device
 
 
 def check_count(name: str, value: int) -> None:

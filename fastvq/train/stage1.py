@@ -95,6 +95,8 @@ class Stage1Config(LoopConfig):
             )
         if self.image_size is not None and self.image_size < 1:
             raise ValueError(f"train: image_size must be 1 or more; got {self.image_size}.")
+        if self.workers is not None and self.workers < 0:
+            raise ValueError(f"train: workers must be 0 or more; got {self.workers}.")
         if self.preset is not None and self.preset not in PRESETS:
             raise ValueError(
                 f"train: preset must be one of {', '.join(PRESETS)}; got {self.preset!r}."

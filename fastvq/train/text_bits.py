@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastvq.models import HierarchicalPrior, TextVAE, TextVQVAE
 from fastvq.models.text import live_symbols
+from fastvq.ops.checks import check_int
 from fastvq.train.data import evaluation_batches
 from fastvq.train.data.text import TextDataset
 from fastvq.train.run_folder import Run, load_run
@@ -61,6 +62,7 @@ def evaluate_text(
         split = "val"
     lines = text_like(stage1, data, split)
     if limit is not None:
+        check_int("evaluate", "limit", limit)
         kept = np.linspace(0, len(lines) - 1, min(limit, len(lines))).round()
         lines = lines.subset(np.unique(kept.astype(np.int64)))
     batches = [batch.to(device) for batch in _batches(lines, batch_size)]

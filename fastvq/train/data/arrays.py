@@ -65,6 +65,12 @@ class ArraySource(Source):
         return reopen, (self.path,)
 
 
+def _is_numpy(path: Path) -> bool:
+    """Whether a file begins as an .npy or an .npz does; NumPy takes any other for a pickle."""
+    with path.open("rb") as file:
+        return file.read(6).startswith((b"\x93NUMPY", b"PK"))
+
+
 def open_array(path: Path) -> ArraySource:
     """Opens an .npy (memory-mapped) or an .npz (images, x, data or arr_0; labels or y)."""
     images, labels = None, None
@@ -78,10 +84,12 @@ def open_array(path: Path) -> ArraySource:
                 images = next((loaded[key] for key in _IMAGE_KEYS if key in loaded.files), None)
                 labels = next((loaded[key] for key in _LABEL_KEYS if key in loaded.files), None)
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        if "pickle" in str(error) or "Python objects" in str(error):
+        holds_objects = "pickle" in str(error) or "Python objects" in str(error)
+        if holds_objects and _is_numpy(path):
             reason = "it holds Python objects, which are never unpickled"
         else:
-            reason = f"not a readable NumPy file ({error})"
+            known = "" if holds_objects else f" ({error})"
+            reason = f"not a readable NumPy file{known}"
         raise ValueError(f"data '{path}': {reason}. Save one uint8 or float array.") from None
     if images is None:
         raise ValueError(

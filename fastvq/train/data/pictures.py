@@ -15,7 +15,7 @@ from fastvq.train.data.files import Files, Layout
 from fastvq.train.data.source import Array, BrokenItem, Source
 
 try:
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, UnidentifiedImageError
 except ImportError as error:
     raise ImportError("Reading pictures needs pillow: pip install 'fastvq[train]'.") from error
 
@@ -69,7 +69,11 @@ def decode_picture(data: bytes, *, at_least: int | None = None) -> NDArray[np.ui
     Returns:
         (H, W, C) uint8; C = 1 for grey, 3 for RGB.
     """
-    with Image.open(io.BytesIO(data), formats=_FORMATS) as opened:
+    try:
+        file = Image.open(io.BytesIO(data), formats=_FORMATS)
+    except UnidentifiedImageError:
+        raise ValueError("not a picture of a known format, or damaged") from None
+    with file as opened:
         if at_least is not None and min(opened.size) > at_least:
             opened.draft(None, (at_least, at_least))
         picture: Image.Image = opened

@@ -78,7 +78,7 @@ class SoundFiles(Source):
     def _decode(self, index: int) -> Sound:
         try:
             return decode_wav(self._files.read(self._names[index]))
-        except Exception as error:
+        except Exception as error:  # of any type, on damaged input
             raise BrokenItem(self.name(index), str(error) or type(error).__name__) from None
 
     def __str__(self) -> str:

@@ -17,10 +17,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from fastvq.train.data.pictures import EXTENSIONS
+
 NUM_SYMBOLS = 256
 END = 10  # the newline
 _LOOKED_AT = 1 << 16  # bytes that decide whether a file is text
-_OTHER_SUFFIXES = (".zip", ".npy", ".npz", ".gz")
+_OTHER_SUFFIXES = (".zip", ".npy", ".npz", ".gz", ".wav", *EXTENSIONS)
 
 
 class TextDataset:
