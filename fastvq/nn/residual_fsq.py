@@ -15,7 +15,7 @@ from .precision import without_autocast
 from .residual_levels import ResidualGroups, ResidualLevels
 
 
-class ResidualFSQ(ResidualLevels):
+class ResidualFSQ(ResidualLevels[FSQ]):
     """Finite scalar quantizers in turn, each L times finer than the one before.
 
         r₀ = clamp(project_in(x));   c_q = FSQ(r_q / s_q) · s_q,   s_q = L^(−q)
@@ -110,9 +110,6 @@ class ResidualFSQ(ResidualLevels):
         if bound is not None:
             self.soft_clamp_input_value = bound.to(self.scales.device)
         return self
-
-    def _layer(self, level: int) -> FSQ:
-        return self.layers[level]  # type: ignore[return-value]
 
     @property
     def codebooks(self) -> Tensor:

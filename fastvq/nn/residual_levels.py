@@ -11,7 +11,7 @@ from __future__ import annotations
 import abc
 import random
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -33,7 +33,10 @@ def shared_seed(device: torch.device) -> int:
     return int(seed)
 
 
-class ResidualLevels(nn.Module, abc.ABC):
+Level = TypeVar("Level", bound=nn.Module)
+
+
+class ResidualLevels(nn.Module, abc.ABC, Generic[Level]):
     """Q quantizers in turn, each on what those before it left.
 
     With quantizer dropout a training step runs only the first n levels, where
@@ -43,6 +46,8 @@ class ResidualLevels(nn.Module, abc.ABC):
     and the indices of the others are −1, their losses 0. Zeghidour et al. 2021, arXiv:2107.03312,
     sec. III-C.
     """
+
+    layers: nn.ModuleList  # of Q `Level`s
 
     def __init__(
         self,
@@ -78,6 +83,9 @@ class ResidualLevels(nn.Module, abc.ABC):
         last = drawn.randrange(self.quantize_dropout_cutoff_index, self.num_quantizers)
         multiple = self.quantize_dropout_multiple_of
         return min(-(-(last + 1) // multiple) * multiple, self.num_quantizers)
+
+    def _layer(self, level: int) -> Level:
+        return cast(Level, self.layers[level])
 
     @abc.abstractmethod
     def _level_codes(self, level: int, indices: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from .precision import without_autocast
 from .residual_levels import ResidualGroups, ResidualLevels
 
 
-class ResidualLFQ(ResidualLevels):
+class ResidualLFQ(ResidualLevels[LFQ]):
     """Lookup-free quantizers in turn, each with codes half the size of those before.
 
         r₀ = project_in(x);   c_q = LFQ(r_q) with codes {−2^(−q), 2^(−q)}^d;   r_{q+1} = r_q − c_q
@@ -71,9 +71,6 @@ class ResidualLFQ(ResidualLevels):
                 "ResidualLFQ: num_codebooks must be 1 and has_projections not True; got "
                 f"num_codebooks={self._layer(0).num_codebooks}. Use GroupedResidualLFQ."
             )
-
-    def _layer(self, level: int) -> LFQ:
-        return self.layers[level]  # type: ignore[return-value]
 
     @property
     def codebooks(self) -> Tensor:

@@ -14,7 +14,7 @@ from .residual_levels import ResidualLevels
 from .sim_vq import SimVQ
 
 
-class ResidualSimVQ(ResidualLevels):
+class ResidualSimVQ(ResidualLevels[SimVQ]):
     """SimVQs in turn, each on what those before it left.
 
         r₀ = x;   c_q = SimVQ_q(r_q);   r_{q+1} = r_q − sg[c_q];   quantized = Σ_q c_q
@@ -69,9 +69,6 @@ class ResidualSimVQ(ResidualLevels):
             )
             for _ in range(num_quantizers)
         )
-
-    def _layer(self, level: int) -> SimVQ:
-        return self.layers[level]  # type: ignore[return-value]
 
     @property
     def codebook_size(self) -> int:

@@ -33,7 +33,7 @@ _UNSUPPORTED: dict[str, Any] = {
 }
 
 
-class ResidualVQ(ResidualLevels):
+class ResidualVQ(ResidualLevels[VectorQuantize]):
     """Vector quantizers in turn, each on what those before it left.
 
         r₀ = project_in(x);   c_q = VQ_q(r_q);   r_{q+1} = r_q − sg[c_q]
@@ -138,9 +138,6 @@ class ResidualVQ(ResidualLevels):
         if shared_codebook:
             for layer in list(self.layers)[1:]:
                 layer._codebook = self._layer(0)._codebook
-
-    def _layer(self, level: int) -> VectorQuantize:
-        return self.layers[level]  # type: ignore[return-value]
 
     @property
     def vq_is_ema_updating(self) -> bool:
