@@ -307,7 +307,8 @@ def test_wrong_input_ends_in_one_line(
         ("reconstruct", "--run", prior, "--data", data): "it is of a prior",
         ("detect", "--run", prior, "--data", data, "--out", new): "--held-in",
         (*detect, vq, "--score", "likelihood"): "'likelihood' needs the run of a prior",
-        (*detect, prior): "needs at least 40 held-in items; '" + data + "' has 24",
+        (*detect, prior): "needs at least 40 held-in items; '" + data + "' has 24. Give more, or "
+        "take one score alone, as --score likelihood.",
         (*detect, prior, "--false-alarm-rate", "2"): "false_alarm_rate must lie between 0 and 1",
         ("evaluate", "--run", vq, "--data", data): "has no likelihood",
         ("sample", "--run", prior, "--save-array", f"{new}.txt"): "must end in .npy or .npz",

@@ -250,14 +250,16 @@ def _normal_labels(data: ItemDataset, names: Sequence[str]) -> list[int]:
 
 def _check_enough(count: int, score: str, config: DetectionConfig) -> None:
     """Refuse held-in items that are too few to set the threshold by."""
-    needed = least_held_in(config.false_alarm_rate)
+    needed, way_out = least_held_in(config.false_alarm_rate), "a higher rate"
     if score == "combined":
+        if needed <= _LEAST_FITTED:
+            way_out = "take one score alone, as --score likelihood"
         needed = 2 * max(needed, _LEAST_FITTED)
     if count < needed:
         raise ValueError(
             f"detect: the {score} score at a false-alarm rate of {config.false_alarm_rate:g} needs "
             f"at least {needed} held-in items; '{config.held_in}' has {count}. Give more, or "
-            "a higher rate."
+            f"{way_out}."
         )
 
 
