@@ -65,10 +65,10 @@ class ArraySource(Source):
         return reopen, (self.path,)
 
 
-def _is_numpy(path: Path) -> bool:
-    """Whether a file begins as an .npy or an .npz does; NumPy takes any other for a pickle."""
+def _may_hold_objects(path: Path) -> bool:
+    """Whether a file begins as an .npy, an .npz or a pickle does; NumPy takes all else for one."""
     with path.open("rb") as file:
-        return file.read(6).startswith((b"\x93NUMPY", b"PK"))
+        return file.read(6).startswith((b"\x93NUMPY", b"PK", b"\x80"))
 
 
 def open_array(path: Path) -> ArraySource:
@@ -85,7 +85,7 @@ def open_array(path: Path) -> ArraySource:
                 labels = next((loaded[key] for key in _LABEL_KEYS if key in loaded.files), None)
     except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         holds_objects = "pickle" in str(error) or "Python objects" in str(error)
-        if holds_objects and _is_numpy(path):
+        if holds_objects and _may_hold_objects(path):
             reason = "it holds Python objects, which are never unpickled"
         else:
             known = "" if holds_objects else f" ({error})"

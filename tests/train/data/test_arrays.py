@@ -152,7 +152,9 @@ def test_unreadable_numpy_files(tmp_path: Path) -> None:
     (tmp_path / "cut.npy").write_bytes((tmp_path / "x.npy").read_bytes()[:-9])
     (tmp_path / "p.npy").write_bytes(pickle.dumps([1, 2]))
     (tmp_path / "z.npz").write_bytes(b"PK\x03\x04 not a zip")
+    (tmp_path / "g.npy").write_bytes(b"garbage")
     for name, message in [
+        ("g.npy", r"not a readable NumPy file\. Save"),
         ("o.npy", "never unpickled"),
         ("p.npy", "never unpickled"),
         ("cut.npy", "not a readable NumPy file"),
