@@ -13,7 +13,6 @@ from fastvq import ops
 from fastvq.ops.gated_masked_conv import GatedWeights
 
 pytest.importorskip("triton")
-pytestmark = pytest.mark.usefixtures("without_tf32")
 
 # shape, kernel, mask type, dilation, condition's channels, class labels, dropout
 EVERYTHING = ((2, 5, 4, 5), 3, "B", 1, 3, True, 0.3)
@@ -25,6 +24,14 @@ CASES = [
 ]
 NAMES = ["vertical", "horizontal", "class_bias", "condition", "condition_weight"]
 NAMES += GatedWeights._fields
+
+
+@pytest.fixture(autouse=True)
+def _float32_products_keep_24_bits():
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32 = before
 
 
 def _tensors(shape, kernel, mask_type, inputs, with_class) -> dict[str, Tensor | None]:
