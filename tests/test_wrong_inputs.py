@@ -72,6 +72,16 @@ WRONG: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         ValueError,
         r"VectorQuantize.get_codes_from_indices: indices must be −1 or in 0 … 4; got 7.",
     ),
+    "predicting an index past the codebook": (
+        lambda: fastvq.VectorQuantize(4, 5)(X[None], indices=torch.full((1, 8), 5)),
+        ValueError,
+        r"VectorQuantize.forward: indices must be −1 or in 0 … 4; got 5.",
+    ),
+    "learning from an index past the codebook": (
+        lambda: fastvq.VectorQuantize(4, 5).update_indices(X[None], torch.full((1, 8), 5)),
+        ValueError,
+        r"VectorQuantize.update_indices: indices must be −1 or in 0 … 4; got 5.",
+    ),
     "indices that are floats": (
         lambda: fastvq.VectorQuantize(4, 5).get_codes_from_indices(torch.tensor([[1.0]])),
         TypeError,

@@ -320,6 +320,7 @@ class VectorQuantize(nn.Module):
             quantize = self._padded(quantize, rows, row_mask, call.topk)
         quantize = self._layout.restored(quantize, shape, call.topk)
         if indices is not None:
+            check_indices("VectorQuantize.forward", "indices", indices, self.codebook_size)
             given = self._layout.head_indices(indices, shape, call.mask)
             metric = self._codebook.search_metric
             return quantize, cross_entropy(call.z, chosen.codes, given, metric)
@@ -451,6 +452,7 @@ class VectorQuantize(nn.Module):
 
     def update_indices(self, x: Tensor, indices: Tensor, mask: Tensor | None = None) -> None:
         """An update of the codebook by x (as in `forward`) whose indices are known."""
+        check_indices("VectorQuantize.update_indices", "indices", indices, self.codebook_size)
         rows, shape = self._layout.rows(x)
         z, head_mask = self._projected(rows, self._layout.row_mask(mask, None, shape, x.device))
         given = self._layout.head_indices(indices, shape, head_mask)
