@@ -7,6 +7,7 @@
 
 #include "lanes.h"
 #include "masked_conv_winograd_kernel.h"
+#include "masked_conv_winograd_weights.h"
 
 namespace fastvq {
 namespace {
@@ -261,7 +262,8 @@ void convolve_tiles(const ConvProblem& problem, const ConvTiling& tiling, const 
 }
 
 void sum_tile_products(const ConvProblem& problem, const ConvTiling& tiling, const ConvTiles& tiles,
-                       int64_t first, int64_t last, const ConvTileScratch& scratch, float* sums) {
+                       int64_t first, int64_t last, bool add, const ConvTileScratch& scratch,
+                       float* sums) {
   const int64_t inputs = planes_of(problem.C), outputs = planes_of(problem.O);
   const int64_t of_plane = tiles.count() * kPlane, points = tiling.columns().points;
   const int64_t channels = smaller(problem.O, last * kPlane) - first * kPlane;
@@ -289,13 +291,14 @@ void sum_tile_products(const ConvProblem& problem, const ConvTiling& tiling, con
                                  scratch.grads + at / inputs * of_plane, tiles.count()};
         float* out = sums + ((p * outputs + plane) * points * inputs + at) * kPlane * kPlane;
         sum_tiles<1, kPlane>(smaller(problem.C - at % inputs * kPlane, kPlane), call.lanes,
-                             {&segment, 1, 0, 0, out, true});
+                             {&segment, 1, 0, 0, out, add});
       }
     }
   }
 }
 
-constexpr ConvTilesKernel kTilesKernel = {convolve_tiles, sum_tile_products};
+constexpr ConvTilesKernel kTilesKernel = {pack_tile_weight, convolve_tiles, sum_tile_products,
+                                          store_tile_weight};
 
 }  // namespace
 }  // namespace fastvq

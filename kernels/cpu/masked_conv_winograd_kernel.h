@@ -24,13 +24,21 @@ struct ConvTileScratch {
 };
 
 struct ConvTilesKernel {
+  // The weights of input channel c and the output channels of one plane, in the layout below.
+  void (*pack_weight)(const ConvProblem& problem, const ConvTiling& tiling, int64_t plane,
+                      int64_t c, float* packed);
   // sums[output plane][pixel][kPlane] of a block, from weights [row point][output plane]
   // [column point][input plane][word][kPlane output channels].
   void (*convolve)(const ConvProblem& problem, const ConvTiling& tiling, const ConvTiles& tiles,
                    const float* weight, const ConvTileScratch& scratch, float* sums);
-  // Adds a block's products to sums of the weight's layout, of the output planes first … last − 1.
+  // Sums of a block's products, in the weight's layout, of the output planes first … last − 1;
+  // `add`: onto what `sums` holds.
   void (*sum_products)(const ConvProblem& problem, const ConvTiling& tiling, const ConvTiles& tiles,
-                       int64_t first, int64_t last, const ConvTileScratch& scratch, float* sums);
+                       int64_t first, int64_t last, bool add, const ConvTileScratch& scratch,
+                       float* sums);
+  // The transpose of pack_weight, from `slices` such sums.
+  void (*store_weight)(const ConvProblem& problem, const ConvTiling& tiling, int64_t plane,
+                       int64_t c, int64_t slices, const float* sums);
 };
 
 // Pixels of an edge that the outputs of `tiles` tiles see.
