@@ -87,15 +87,19 @@ def test_masked_weights_may_hold_anything() -> None:
         assert clean["horizontal_weight"][..., :live].all()
 
 
-def test_nan_stays_where_it_is_seen() -> None:
-    case = Case(4, 3, "B", 1, (5, 6), condition=0)
+@pytest.mark.parametrize("case", [Case(4, 3, "B", 1, (5, 6)), Case(16, 5, "B", 1, (13, 12))])
+def test_nan_stays_where_it_is_seen(case: Case) -> None:
     tensors = case.tensors()
     clean = _run(case, tensors)
     tensors["vertical"][:, :, 3] = torch.nan
     tensors["horizontal"][:, :, 2, 4:] = torch.nan
     found = _run(case, tensors)
     assert torch.equal(found["out_vertical"][:, :, :3], clean["out_vertical"][:, :, :3])
-    assert found["out_vertical"][:, :, 3:].isnan().all()
+    last = 3 + case.kernel // 2
+    assert found["out_vertical"][:, :, 3 : last + 1].isnan().all()
+    assert torch.equal(
+        found["out_vertical"][:, :, last + 1 :], clean["out_vertical"][:, :, last + 1 :]
+    )
     assert torch.equal(found["out_horizontal"][:, :, 2, :4], clean["out_horizontal"][:, :, 2, :4])
     assert found["out_horizontal"][:, :, 2, 4:].isnan().all()
 
