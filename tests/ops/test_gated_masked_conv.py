@@ -239,6 +239,8 @@ def test_compiles() -> None:
 def test_backends_are_named() -> None:
     x = PLAIN.tensors()["vertical"]
     assert ops.explain("gated_masked_conv", x).startswith("gated_masked_conv: cpp")
+    assert "Winograd" in ops.explain("gated_masked_conv", x)
+    assert "Winograd" not in ops.explain("gated_masked_conv", x.bfloat16())
     assert "not float64" in ops.explain("gated_masked_conv", x.double())
     by_name = _run(PLAIN, PLAIN.tensors(), backend="cpp")
     assert torch.equal(_run(PLAIN, PLAIN.tensors())["vertical"], by_name["vertical"])
