@@ -67,9 +67,9 @@ def gated_masked_conv(
     Under autocast the inputs are cast as for `torch.nn.functional.conv2d`; the residual is then
     added in its own dtype.
 
-    Backend "cpp" filters float32 convolutions of 16 channels and more by Winograd's algorithm, two
-    outputs per axis: an output still depends on the pixels that it sees alone, bit by bit, and its
-    rounding error is bounded by sizes summed over its tile instead of its own terms
+    Backend "cpp" filters float32 convolutions of at least 16 channels and 1024 pixels by Winograd's
+    algorithm, two outputs per axis: an output still depends on the pixels that it sees alone, bit
+    by bit, and its rounding error is bounded by sizes summed over its tile instead of its own terms
     (Lavin and Gray 2015, arXiv:1509.09308).
 
     Args:

@@ -89,8 +89,8 @@ CASES = [
     Case(3, 3, "A", 4, (3, 1), condition=0, residual=False),
     Case(1, 3, "B", 1, (1, 1), condition=0, batch=1),
     Case(8, 7, "B", 1, (13, 12), condition=0),
-    Case(24, 3, "B", 1, (16, 17), dropout=0.2, condition=2, winograd=True),
-    Case(16, 5, "A", 1, (13, 12), condition=0, winograd=True),
+    Case(24, 3, "B", 1, (16, 17), dropout=0.2, batch=4, condition=2, winograd=True),
+    Case(16, 5, "A", 1, (13, 12), batch=7, condition=0, winograd=True),
 ]
 
 
