@@ -67,6 +67,11 @@ def gated_masked_conv(
     Under autocast the inputs are cast as for `torch.nn.functional.conv2d`; the residual is then
     added in its own dtype.
 
+    Backend "cpp" filters float32 convolutions of at least 16 channels and 1024 pixels by Winograd's
+    algorithm, two outputs per axis: an output still depends on the pixels that it sees alone, bit
+    by bit, and its rounding error is bounded by sizes summed over its tile instead of its own terms
+    (Lavin and Gray 2015, arXiv:1509.09308).
+
     Args:
         vertical: (B, C, H, W) float32, float16, bfloat16 or float64; any strides; B may be 0.
         horizontal: the same.

@@ -3,6 +3,10 @@
 A mask leaves taps, and of the centre tap some channels. `forward`, `backward_x` and
 `backward_weight` run any such set; which sets there are is up to the caller: `masked_taps` gives
 those of mask types A and B.
+
+With `winograd` rectangles of taps cost fewer products, in float32 and where that is faster
+(kernels/cpu/masked_conv_winograd.h). Rounding errors are then some two to four times as large and
+not bounded element by element.
 """
 
 from __future__ import annotations
@@ -130,6 +134,7 @@ def forward(
     parts: tuple[Part, ...],
     *,
     add: bool = False,
+    winograd: bool = False,
 ) -> None:
     """y (+)= bias + Σ_taps weight[:, :, u, v] · x, moved; all of one dtype, any strides."""
     assert CPU_EXTENSION is not None
@@ -139,6 +144,7 @@ def forward(
             *_arguments(x, y, weight, taps, part, transposed=False),
             0 if bias is None else bias[part.outputs[0] :].data_ptr(),
             add,
+            winograd,
             torch.get_num_threads(),
         )
 
@@ -151,13 +157,14 @@ def backward_x(
     parts: tuple[Part, ...],
     *,
     add: bool = False,
+    winograd: bool = False,
 ) -> None:
     """grad_x (+)= Σ_taps weight[:, :, u, v]ᵀ · grad, moved back; `parts` of x's gradient."""
     assert CPU_EXTENSION is not None
     for part in parts:
         CPU_EXTENSION.masked_conv(
             *_arguments(grad, grad_x, weight, taps, part, transposed=True),
-            *(0, add, torch.get_num_threads()),
+            *(0, add, winograd, torch.get_num_threads()),
         )
 
 
@@ -168,6 +175,8 @@ def backward_weight(
     grad_bias: Tensor | None,
     taps: tuple[Tap, ...],
     parts: tuple[Part, ...],
+    *,
+    winograd: bool = False,
 ) -> None:
     """grad_weight[:, :, u, v] = Σ grad · x, moved, for live taps alone: hand in zeros."""
     assert CPU_EXTENSION is not None
@@ -175,5 +184,6 @@ def backward_weight(
         CPU_EXTENSION.masked_conv_weight_gradient(
             *_arguments(x, grad, grad_weight, taps, part, transposed=False),
             0 if grad_bias is None else grad_bias[part.outputs[0] :].data_ptr(),
+            winograd,
             torch.get_num_threads(),
         )

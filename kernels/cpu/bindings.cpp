@@ -47,12 +47,13 @@ fastvq::ConvKernels conv_kernels_in_use() {
     case fastvq::Isa::kAmx:
     case fastvq::Isa::kAvx512:
       return {&fastvq::masked_conv_avx512,
-              fastvq::machine_has_bf16() ? fastvq::masked_conv_bf16 : nullptr};
+              fastvq::machine_has_bf16() ? fastvq::masked_conv_bf16 : nullptr,
+              &fastvq::masked_conv_tiles_avx512};
     case fastvq::Isa::kAvx2:
-      return {&fastvq::masked_conv_avx2, nullptr};
+      return {&fastvq::masked_conv_avx2, nullptr, &fastvq::masked_conv_tiles_avx2};
 #endif
     default:
-      return {&fastvq::masked_conv_generic, nullptr};
+      return {&fastvq::masked_conv_generic, nullptr, &fastvq::masked_conv_tiles_generic};
   }
 }
 
@@ -103,14 +104,15 @@ struct ConvArguments {
 PyObject* masked_conv(PyObject*, PyObject* args) {
   ConvArguments in;
   unsigned long long bias;
-  int add, num_threads;
-  if (!in.parse(args, CONV_FORMAT "Kii", &bias, &add, &num_threads)) return nullptr;
+  int add, winograd, num_threads;
+  if (!in.parse(args, CONV_FORMAT "Kiii", &bias, &add, &winograd, &num_threads)) return nullptr;
   return guarded([&]() -> PyObject* {
     const fastvq::ConvProblem problem = in.checked(num_threads);
     const fastvq::ConvKernels kernels = conv_kernels_in_use();
     {
       const WithoutPythonLock unlocked;
-      fastvq::masked_conv(kernels, problem, address<const void*>(bias), add != 0, num_threads);
+      fastvq::masked_conv(kernels, problem, address<const void*>(bias), add != 0, winograd != 0,
+                          num_threads);
     }
     Py_RETURN_NONE;
   });
@@ -119,14 +121,15 @@ PyObject* masked_conv(PyObject*, PyObject* args) {
 PyObject* masked_conv_weight_gradient(PyObject*, PyObject* args) {
   ConvArguments in;
   unsigned long long grad_bias;
-  int num_threads;
-  if (!in.parse(args, CONV_FORMAT "Ki", &grad_bias, &num_threads)) return nullptr;
+  int winograd, num_threads;
+  if (!in.parse(args, CONV_FORMAT "Kii", &grad_bias, &winograd, &num_threads)) return nullptr;
   return guarded([&]() -> PyObject* {
     const fastvq::ConvProblem problem = in.checked(num_threads);
     const fastvq::ConvKernels kernels = conv_kernels_in_use();
     {
       const WithoutPythonLock unlocked;
-      fastvq::masked_conv_weight_gradient(kernels, problem, address<void*>(grad_bias), num_threads);
+      fastvq::masked_conv_weight_gradient(kernels, problem, address<void*>(grad_bias),
+                                          winograd != 0, num_threads);
     }
     Py_RETURN_NONE;
   });
@@ -244,13 +247,13 @@ PyMethodDef methods[] = {
      "(blocks,) int64, the next column of each range of samples. See kernels/cpu/sample_row.h."},
     {"masked_conv", masked_conv, METH_VARARGS,
      "masked_conv(dtype, B, C, O, H, W, x, *x_strides, y, *y_strides, weight, stride_o, stride_c,\n"
-     "taps, num_taps, bias, add, num_threads)\n\n"
+     "taps, num_taps, bias, add, winograd, num_threads)\n\n"
      "taps: address of (num_taps, 5) int64: dy, dx, weight offset, first and last channel. bias "
      "may\n"
      "be 0. See kernels/cpu/masked_conv.h."},
     {"masked_conv_weight_gradient", masked_conv_weight_gradient, METH_VARARGS,
      "masked_conv_weight_gradient(dtype, B, C, O, H, W, x, *x_strides, grad, *grad_strides,\n"
-     "grad_weight, stride_o, stride_c, taps, num_taps, grad_bias, num_threads)\n\n"
+     "grad_weight, stride_o, stride_c, taps, num_taps, grad_bias, winograd, num_threads)\n\n"
      "grad_bias may be 0. See kernels/cpu/masked_conv.h."},
     {"gated_activation", gated_activation, METH_VARARGS,
      "gated_activation(features, class_bias, class_stride, mapped, mapped_stride, dtype, B,\n"

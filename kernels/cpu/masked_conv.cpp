@@ -2,15 +2,13 @@
 #include "masked_conv.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cstdlib>
 #include <iterator>
-#include <memory>
-#include <new>
 #include <vector>
 
+#include "masked_conv_blocks.h"
+#include "masked_conv_winograd.h"
 #include "rows.h"
-#include "threads.h"
 
 namespace fastvq {
 namespace {
@@ -23,38 +21,6 @@ constexpr int64_t kPixelsOfProducts = 512;
 // Words of one round of the weight gradient: 4 MiB, which the last-level cache keeps while every
 // job reads them.
 constexpr int64_t kWordsOfRound = int64_t{1} << 20;
-constexpr int64_t kLeastPixels = 32;
-constexpr int64_t kTasksOfWorker = 4;
-// Multiply-adds in the time in which useful_threads counts one.
-constexpr double kMultiplyAdds = 16;
-
-class Scratch {
- public:
-  explicit Scratch(int64_t floats) {
-    const size_t bytes = static_cast<size_t>(std::max<int64_t>(floats, 1)) * sizeof(float);
-    void* memory = nullptr;
-    if (posix_memalign(&memory, 64, bytes) != 0) throw std::bad_alloc();
-    memory_.reset(static_cast<float*>(memory));
-  }
-  float* get() const { return memory_.get(); }
-
- private:
-  struct Free {
-    void operator()(float* memory) const { std::free(memory); }
-  };
-  std::unique_ptr<float, Free> memory_;
-};
-
-// Calls body(worker, task) for every task, each by whichever worker is free.
-template <class Body>
-void over_tasks(int64_t tasks, int workers, const Body& body) {
-  std::atomic<int64_t> next{0};
-  run_workers(workers, [&](int worker) {
-    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) {
-      body(worker, task);
-    }
-  });
-}
 
 ConvReach reach_of(const ConvProblem& problem) {
   ConvReach reach = {0, 0, 0, 0};
@@ -67,35 +33,6 @@ ConvReach reach_of(const ConvProblem& problem) {
   }
   return reach;
 }
-
-// The pictures cut into blocks of at most `pixels` pixels: some rows, or a part of one.
-class Blocks {
- public:
-  Blocks(const ConvProblem& problem, int64_t pixels) : problem_(problem) {
-    pixels = std::max(pixels, kLeastPixels);
-    const int64_t rows = std::min(std::max<int64_t>(pixels / problem.W, 1), kMostRows);
-    parts_of_rows_ = (problem.H + rows - 1) / rows;
-    parts_of_columns_ = problem.W > pixels ? (problem.W + pixels - 1) / pixels : 1;
-  }
-  int64_t count() const { return problem_.B * parts_of_rows_ * parts_of_columns_; }
-  ConvBlock operator[](int64_t index) const {
-    const int64_t column = index % parts_of_columns_, rest = index / parts_of_columns_;
-    const int64_t row = rest % parts_of_rows_;
-    const int64_t top = problem_.H * row / parts_of_rows_;
-    const int64_t left = problem_.W * column / parts_of_columns_;
-    return {rest / parts_of_rows_, top, problem_.H * (row + 1) / parts_of_rows_ - top, left,
-            problem_.W * (column + 1) / parts_of_columns_ - left};
-  }
-  // No block is larger.
-  ConvBlock largest() const {
-    return {0, 0, (problem_.H + parts_of_rows_ - 1) / parts_of_rows_, 0,
-            (problem_.W + parts_of_columns_ - 1) / parts_of_columns_};
-  }
-
- private:
-  const ConvProblem& problem_;
-  int64_t parts_of_rows_, parts_of_columns_;
-};
 
 // A weight that a tap reads, else zero: what lies elsewhere is never loaded.
 template <class Element>
@@ -214,22 +151,12 @@ std::vector<ConvTap> taps_within(const ConvProblem& problem) {
   return taps;
 }
 
-int workers_for(const ConvProblem& problem, int num_threads) {
-  double of_pixel = static_cast<double>(problem.C + problem.O);
-  for (int64_t i = 0; i < problem.num_taps; ++i) {
-    const ConvTap& tap = problem.taps[i];
-    of_pixel += static_cast<double>((tap.last - tap.first) * problem.O) / kMultiplyAdds;
-  }
-  return useful_threads(num_threads,
-                        of_pixel * static_cast<double>(problem.B * problem.H * problem.W));
-}
-
 // Adds the products of all blocks, a round of them at a time. Rounds depend on the problem alone,
 // so that every sum is one fixed order of additions.
 void sum_all_products(const ConvKernel& kernel, const ConvProblem& problem, int workers,
                       float* sums, float* bias_sums, int64_t biases) {
   const ConvReach reach = reach_of(problem);
-  const Blocks blocks(problem, kPixelsOfProducts);
+  const ConvBlocks blocks(problem.B, problem.H, problem.W, kPixelsOfProducts);
   const ConvBlock largest = blocks.largest();
   const int64_t inputs = planes_of(problem.C), outputs = planes_of(problem.O);
   const int64_t x_words = inputs * kernel.pixels_per_word * plane_of_x(reach, largest);
@@ -240,7 +167,7 @@ void sum_all_products(const ConvKernel& kernel, const ConvProblem& problem, int 
   const int64_t tasks = std::min(jobs.count(), workers == 1 ? 1 : workers * kTasksOfWorker);
 
   const int64_t row = pitch_of(reach, largest);
-  const Scratch scratch(workers * row + in_round * of_block);
+  const ConvScratch scratch(workers * row + in_round * of_block);
   std::vector<ConvProducts> round;
   for (int64_t first = 0; first < blocks.count(); first += in_round) {
     round.clear();
@@ -264,8 +191,11 @@ void sum_all_products(const ConvKernel& kernel, const ConvProblem& problem, int 
 }  // namespace
 
 void masked_conv(const ConvKernels& kernels, ConvProblem problem, const void* bias, bool add,
-                 int num_threads) {
+                 bool winograd, int num_threads) {
   if (problem.B * problem.H * problem.W * problem.O == 0) return;
+  if (winograd && winograd_runs(problem)) {
+    return winograd_conv(kernels, problem, static_cast<const float*>(bias), add, num_threads);
+  }
   const std::vector<ConvTap> taps = taps_within(problem);
   problem.taps = taps.data();
   problem.num_taps = static_cast<int64_t>(taps.size());
@@ -282,13 +212,13 @@ void masked_conv(const ConvKernels& kernels, ConvProblem problem, const void* bi
   if (workers > 1) {
     pixels = std::min(pixels, problem.B * problem.H * problem.W / (kTasksOfWorker * workers));
   }
-  const Blocks blocks(problem, pixels);
+  const ConvBlocks blocks(problem.B, problem.H, problem.W, pixels);
   const ConvBlock largest = blocks.largest();
   const int64_t row = pitch_of(reach, largest), x_words = inputs * plane_of_x(reach, largest);
   const int64_t of_worker = row + x_words + outputs * largest.rows * largest.columns * kPlane;
 
-  const Scratch weight(outputs * inputs * problem.num_taps * kPlane * kPlane);
-  const Scratch scratch(workers * of_worker);
+  const ConvScratch weight(outputs * inputs * problem.num_taps * kPlane * kPlane);
+  const ConvScratch scratch(workers * of_worker);
   pack_weights(problem, per_word, workers, weight.get());
   over_tasks(blocks.count(), workers, [&](int worker, int64_t task) {
     float* const own = scratch.get() + worker * of_worker;
@@ -302,7 +232,10 @@ void masked_conv(const ConvKernels& kernels, ConvProblem problem, const void* bi
 }
 
 void masked_conv_weight_gradient(const ConvKernels& kernels, ConvProblem problem, void* grad_bias,
-                                 int num_threads) {
+                                 bool winograd, int num_threads) {
+  if (winograd && grad_bias == nullptr && winograd_runs(problem)) {
+    return winograd_weight_gradient(kernels, problem, num_threads);
+  }
   const std::vector<ConvTap> taps = taps_within(problem);
   problem.taps = taps.data();
   problem.num_taps = static_cast<int64_t>(taps.size());
@@ -311,7 +244,7 @@ void masked_conv_weight_gradient(const ConvKernels& kernels, ConvProblem problem
   const int workers = workers_for(problem, num_threads);
   const int64_t inputs = planes_of(problem.C), outputs = planes_of(problem.O);
   const int64_t products = outputs * inputs * problem.num_taps * kPlane * kPlane;
-  const Scratch sums(products + outputs * kPlane);
+  const ConvScratch sums(products + outputs * kPlane);
   float* const bias_sums = sums.get() + products;
   std::fill(sums.get(), bias_sums + outputs * kPlane, 0.0f);
   if (problem.B * problem.H * problem.W * problem.O != 0) {

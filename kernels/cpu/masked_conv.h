@@ -20,13 +20,16 @@ namespace fastvq {
 //
 // with zeros beyond the picture. `bias` may be null. `add`: adds to what y holds. The gradient of x
 // is this call with the gradient of y for x, the weight's strides exchanged and dy, dx negated.
+// `winograd`: with fewer products, where masked_conv_winograd.h can and it pays; errors are then
+// those of its sums.
 void masked_conv(const ConvKernels& kernels, ConvProblem problem, const void* bias, bool add,
-                 int num_threads);
+                 bool winograd, int num_threads);
 
 // weight[o, c, tap] = Σ_{b, i, j} y[b, o, i, j] · x[b, c, i + dy, j + dx] for the live taps alone,
 // y being the gradient of the output; grad_bias[o] = Σ y, unless it is null. Taps that reach beyond
 // the picture from every pixel are left alone too: hand in zeros.
+// `winograd` as above, where grad_bias is null.
 void masked_conv_weight_gradient(const ConvKernels& kernels, ConvProblem problem, void* grad_bias,
-                                 int num_threads);
+                                 bool winograd, int num_threads);
 
 }  // namespace fastvq

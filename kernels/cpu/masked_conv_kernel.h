@@ -107,13 +107,18 @@ inline int64_t plane_of_grad(const ConvBlock& block, int64_t pixels_per_word) {
   return block.rows * words_of(block.columns, pixels_per_word) * kPlane;
 }
 
+struct ConvTilesKernel;  // masked_conv_winograd_kernel.h
+
 // What one instruction set offers; of_pairs may be null.
 struct ConvKernels {
   const ConvKernel* of_floats;
   const ConvKernel* of_pairs;
+  const ConvTilesKernel* of_tiles;
 };
 
 extern const ConvKernel masked_conv_generic, masked_conv_avx2, masked_conv_avx512;
+extern const ConvTilesKernel masked_conv_tiles_generic, masked_conv_tiles_avx2,
+    masked_conv_tiles_avx512;
 // Null where the compiler knows no bfloat16 instructions.
 extern const ConvKernel* const masked_conv_bf16;
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from ops.winograd_sizes import roundings, winograd_sizes
 from tolerances import UNIT_ROUNDOFF
 from torch import Tensor
 
@@ -29,6 +30,7 @@ class Case:
     batch: int = 2
     condition: int = 3  # channels; 0 leaves class and map away
     residual: bool = True
+    winograd: bool = False  # large enough for the C++ kernels to filter its float32 convolutions
 
     def tensors(self, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         c, k, e = self.channels, self.kernel, self.condition
@@ -87,6 +89,8 @@ CASES = [
     Case(3, 3, "A", 4, (3, 1), condition=0, residual=False),
     Case(1, 3, "B", 1, (1, 1), condition=0, batch=1),
     Case(8, 7, "B", 1, (13, 12), condition=0),
+    Case(24, 3, "B", 1, (16, 17), dropout=0.2, batch=4, condition=2, winograd=True),
+    Case(16, 5, "A", 1, (13, 12), batch=7, condition=0, winograd=True),
 ]
 
 
@@ -105,18 +109,23 @@ def error_bounds(
     size = {name: tensor.abs() for name, tensor in t.items()}
     c, d = case.channels, case.dilation
     pixels = case.batch * case.size[0] * case.size[1]
+    filtered = case.winograd and dtype == torch.float32
     gate, scale = _GATE_ROUNDINGS * u + u_out, 1.0 / (1.0 - case.dropout)
 
     def kappa(terms: int) -> float:
-        return (terms + 2) * u + 2 * u_out
+        return (roundings(terms) if filtered else terms + 2) * u + 2 * u_out
 
     def conv_v(x: Tensor, w: Tensor) -> Tensor:
         reach, below = d * (case.kernel // 2), 0 if case.mask_type == "B" else d
+        if filtered:
+            return winograd_sizes(x, w, (-reach, -reach))
         seen = F.pad(x, (reach, reach, reach, d))[:, :, : x.shape[2] + reach - below]
         return F.conv2d(seen, w, dilation=d)
 
     def conv_h(x: Tensor, w: Tensor) -> Tensor:
         live = case.kernel // 2 + (case.mask_type == "B")
+        if filtered and live > 1:
+            return winograd_sizes(x, w[..., :live], (0, -d * (case.kernel // 2)))
         seen = F.pad(x, (d * (case.kernel // 2), 0, 0, 0))
         seen = seen[..., : x.shape[3] + (live - 1) * d]
         return F.conv2d(seen, w[..., :live], dilation=d)

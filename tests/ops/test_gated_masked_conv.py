@@ -87,15 +87,21 @@ def test_masked_weights_may_hold_anything() -> None:
         assert clean["horizontal_weight"][..., :live].all()
 
 
-def test_nan_stays_where_it_is_seen() -> None:
-    case = Case(4, 3, "B", 1, (5, 6), condition=0)
+@pytest.mark.parametrize(
+    "case", [Case(4, 3, "B", 1, (5, 6)), Case(16, 5, "B", 1, (13, 12), batch=7)]
+)
+def test_nan_stays_where_it_is_seen(case: Case) -> None:
     tensors = case.tensors()
     clean = _run(case, tensors)
     tensors["vertical"][:, :, 3] = torch.nan
     tensors["horizontal"][:, :, 2, 4:] = torch.nan
     found = _run(case, tensors)
     assert torch.equal(found["out_vertical"][:, :, :3], clean["out_vertical"][:, :, :3])
-    assert found["out_vertical"][:, :, 3:].isnan().all()
+    last = 3 + case.kernel // 2
+    assert found["out_vertical"][:, :, 3 : last + 1].isnan().all()
+    assert torch.equal(
+        found["out_vertical"][:, :, last + 1 :], clean["out_vertical"][:, :, last + 1 :]
+    )
     assert torch.equal(found["out_horizontal"][:, :, 2, :4], clean["out_horizontal"][:, :, 2, :4])
     assert found["out_horizontal"][:, :, 2, 4:].isnan().all()
 
@@ -192,7 +198,7 @@ def test_layouts_and_empty_batch() -> None:
 
 
 def test_same_bits_on_every_run_and_thread_count() -> None:
-    case = Case(24, 3, "B", 1, (16, 16), dropout=0.2)
+    case = Case(24, 3, "B", 1, (33, 16), dropout=0.2)
     tensors = case.tensors()
     first = _run(case, tensors)
     threads = torch.get_num_threads()
@@ -235,6 +241,8 @@ def test_compiles() -> None:
 def test_backends_are_named() -> None:
     x = PLAIN.tensors()["vertical"]
     assert ops.explain("gated_masked_conv", x).startswith("gated_masked_conv: cpp")
+    assert "Winograd" in ops.explain("gated_masked_conv", x)
+    assert "Winograd" not in ops.explain("gated_masked_conv", x.bfloat16())
     assert "not float64" in ops.explain("gated_masked_conv", x.double())
     by_name = _run(PLAIN, PLAIN.tensors(), backend="cpp")
     assert torch.equal(_run(PLAIN, PLAIN.tensors())["vertical"], by_name["vertical"])
