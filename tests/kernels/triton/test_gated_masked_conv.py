@@ -15,14 +15,14 @@ from fastvq import ops
 pytest.importorskip("triton")
 
 EVERYTHING = Case(5, 3, "B", 1, (4, 5), dropout=0.3)
-CASES = [
-    EVERYTHING,
-    Case(18, 5, "A", 2, (3, 4), batch=1, condition=0, residual=False),
-    Case(3, 3, "B", 2, (1, 7)),
-    Case(2, 7, "A", 1, (2, 1), dropout=1.0, batch=1, condition=17, residual=False),
-]
-# By case: what is left away of what the case gives.
-LEFT_AWAY = {2: ADDED[1:], 3: ADDED[:1]}
+CASES = {  # by name: the call, and what of it is left away
+    "all": (EVERYTHING, ()),
+    "two blocks": (Case(18, 5, "A", 2, (3, 4), 0.6, condition=17, residual=False), ()),
+    "neither": (Case(17, 3, "A", 1, (2, 3), batch=1, condition=0), ()),
+    "class": (Case(3, 3, "B", 2, (1, 7)), ADDED[1:]),
+    "map": (Case(2, 7, "A", 1, (2, 1), batch=1, condition=17), ADDED[:1]),
+    "all dropped": (Case(4, 3, "B", 1, (2, 2), 1.0), ()),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -34,23 +34,23 @@ def _float32_products_keep_24_bits():
 
 
 @pytest.mark.parametrize(
-    ("number", "dtype"),
+    ("name", "dtype"),
     [
-        *itertools.product(range(len(CASES)), (torch.float32, torch.bfloat16)),
-        (0, torch.float16),  # one case shows that the dtype is read and written
+        *itertools.product(CASES, (torch.float32, torch.bfloat16)),
+        ("all", torch.float16),  # one case shows that the dtype is read and written
     ],
     ids=str,
 )
-def test_outputs_and_gradients(number: int, dtype: torch.dtype, device: str) -> None:
-    case, left_away = CASES[number], LEFT_AWAY.get(number, ())
+def test_outputs_and_gradients(name: str, dtype: torch.dtype, device: str) -> None:
+    case, left_away = CASES[name]
     tensors = case.tensors(dtype)
-    tensors = {name: tensor for name, tensor in tensors.items() if name not in left_away}
-    truth = results(case, {name: t.double() for name, t in tensors.items()}, truth=True)
+    tensors = {key: tensor for key, tensor in tensors.items() if key not in left_away}
+    truth = results(case, {key: t.double() for key, t in tensors.items()}, truth=True)
     bounds = error_bounds(case, tensors, upstream(case, torch.float64), dtype, TRITON)
-    there = {name: tensor.to(device) for name, tensor in tensors.items()}
-    for name, found in results(case, there, backend="triton").items():
+    there = {key: tensor.to(device) for key, tensor in tensors.items()}
+    for key, found in results(case, there, backend="triton").items():
         assert found.dtype == dtype
-        assert_within(found.cpu(), truth[name], bounds[name])
+        assert_within(found.cpu(), truth[key], bounds[key])
 
 
 def _on(device: str, case: Case) -> dict[str, Tensor]:
