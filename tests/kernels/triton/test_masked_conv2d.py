@@ -22,6 +22,7 @@ CASES = [  # x, O, kernel, mask type, dilation: ragged blocks, pictures smaller 
     ((2, 3, 4, 4), 2, (1, 1), "B", 1),
     ((2, 3, 4, 4), 2, (1, 1), "A", 1),
     ((1, 18, 1, 90), 33, (1, 5), "B", 4),
+    ((13, 3, 5, 3), 2, (3, 3), "B", 1),  # blocks of pixels begin at any row and column
 ]
 
 
