@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from .halves import halves
-from .masked_conv2d_taps import add_products, add_taps, places
+from .masked_conv2d_taps import add_products, add_taps, first_pixel, places
 
 # SplitMix64 (Steele, Lea and Flood 2014).
 INCREMENT = tl.constexpr(0x9E3779B97F4A7C15)
@@ -62,16 +62,15 @@ def _sigmoid(x):
 
 
 @triton.jit
-def _block(CHANNELS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Of this program: pixels, first and all channels of the gate, and each column's row of 2C."""
+def _block(pixels, CHANNELS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Of this program: first pixel, first channel of the gate, and each column's row of 2C."""
     COLUMN_BLOCKS: tl.constexpr = (CHANNELS + BLOCK_C - 1) // BLOCK_C
-    # int64: pixels · channels passes 2³¹ for long batches.
-    block = tl.program_id(0).to(tl.int64)
-    pixel = block // COLUMN_BLOCKS * BLOCK_P + tl.arange(0, BLOCK_P)
-    first = (block % COLUMN_BLOCKS).to(tl.int32) * BLOCK_C
+    block = tl.program_id(0)
+    first_c = block % COLUMN_BLOCKS * BLOCK_C
     column = tl.arange(0, 2 * BLOCK_C)
-    half_row = (first + column % BLOCK_C) % CHANNELS
-    return pixel, first, first + tl.arange(0, BLOCK_C), half_row + column // BLOCK_C * CHANNELS
+    half_row = (first_c + column % BLOCK_C) % CHANNELS
+    first = first_pixel(block // COLUMN_BLOCKS, BLOCK_P, pixels)
+    return first, first_c, half_row + column // BLOCK_C * CHANNELS
 
 
 @triton.jit
@@ -81,11 +80,13 @@ def _conditioned(
     condition,
     f_row,
     place,
+    first,
     pixels,
     CHANNELS: tl.constexpr,
     CONDITION_CHANNELS: tl.constexpr,
     STACK: tl.constexpr,
     HAS_CLASS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
@@ -100,10 +101,13 @@ def _conditioned(
             *(CONDITION_CHANNELS, BLOCK_D, PRECISION, STAGES, INTERPRETED),
         )
     if HAS_CLASS:
-        pixel, _, _, height, width = place
-        picture = tl.minimum(pixel, pixels - 1) // (height.to(tl.int64) * width)
-        at = class_ptr + (picture * (4 * CHANNELS))[:, None] + added_row[None, :]
-        features += tl.load(at).to(tl.float32)
+        # One row for each picture that the block touches, which mostly are one or two.
+        _, picture, _, _, height, width = place
+        last = first + tl.minimum(BLOCK_P, pixels - first) - 1
+        for now in tl.range(first // width // height, last // width // height + 1):
+            at = class_ptr + tl.cast(now, tl.int64) * (4 * CHANNELS) + added_row
+            bias = tl.load(at).to(tl.float32)
+            features += tl.where((picture == now)[:, None], bias[None, :], 0.0)
     return features
 
 
@@ -178,8 +182,9 @@ def gated_masked_conv_kernel(
     # A program owns BLOCK_P pixels and BLOCK_C gated channels of one stack. On chip stay both
     # halves of the features. Written are the gated channels and, of the vertical stack (0), the
     # features that the link reads; never the horizontal stack's, the class's or the map's share.
-    pixel, first_c, c, f_row = _block(CHANNELS, BLOCK_P, BLOCK_C)
-    place = places(pixel, pixels, height, width)
+    first, first_c, f_row = _block(pixels, CHANNELS, BLOCK_P, BLOCK_C)
+    place = places(first, BLOCK_P, pixels, height, width)
+    pixel, c = place[0], first_c + tl.arange(0, BLOCK_C)
     features = _convolved(
         *(own, link, f_row, place, dilation, CHANNELS, TAPS, KERNEL_WIDTH, UP, STACK),
         *(BLOCK_P, BLOCK_C, BLOCK_D, PRECISION, STAGES, INTERPRETED),
@@ -188,13 +193,13 @@ def gated_masked_conv_kernel(
     if STACK == 0:
         # Rounded as the link and the way back read it.
         rounded = features.to(features_ptr.dtype.element_ty)
-        first, second = halves(rounded)
-        _store_pair(features_ptr, first, second, pixel, c, exists, CHANNELS)
+        value, gate = halves(rounded)
+        _store_pair(features_ptr, value, gate, pixel, c, exists, CHANNELS)
         features = rounded.to(tl.float32)
     features = _conditioned(
-        *(features, class_ptr, condition, f_row, place, pixels),
+        *(features, class_ptr, condition, f_row, place, first, pixels),
         *(CHANNELS, CONDITION_CHANNELS, STACK, HAS_CLASS),
-        *(BLOCK_D, PRECISION, STAGES, INTERPRETED),
+        *(BLOCK_P, BLOCK_D, PRECISION, STAGES, INTERPRETED),
     )
     values, gates = halves(features)
     value, _ = _tanh(values)
@@ -245,8 +250,9 @@ def gated_masked_conv_backward_kernel(
     # gate let through, of the vertical one together with what comes back through the link.
     # `through` is (gradient, packed weight, steps) of the 1×1 convolution after the gate ("1"), or
     # of the link ("0").
-    pixel, first_c, c, f_row = _block(CHANNELS, BLOCK_P, BLOCK_C)
-    place = places(pixel, pixels, height, width)
+    first, first_c, f_row = _block(pixels, CHANNELS, BLOCK_P, BLOCK_C)
+    place = places(first, BLOCK_P, pixels, height, width)
+    pixel, c = place[0], first_c + tl.arange(0, BLOCK_C)
     exists = (pixel < pixels)[:, None] & (c < CHANNELS)[None, :]
     through_ptr, through_weight_ptr, through_steps = through
     if STACK == 0:
@@ -265,9 +271,9 @@ def gated_masked_conv_backward_kernel(
             *(CHANNELS, BLOCK_D, PRECISION, STAGES, INTERPRETED),
         )
     features = _conditioned(
-        *(features, class_ptr, condition, f_row, place, pixels),
+        *(features, class_ptr, condition, f_row, place, first, pixels),
         *(CHANNELS, CONDITION_CHANNELS, STACK, HAS_CLASS),
-        *(BLOCK_D, PRECISION, STAGES, INTERPRETED),
+        *(BLOCK_P, BLOCK_D, PRECISION, STAGES, INTERPRETED),
     )
     values, gates = halves(features)
     value, value_slope = _tanh(values)
