@@ -23,13 +23,18 @@ Seen = dict[str, set[tuple[bool, bool]]]
 def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
     """(deterministic, benchmark) at every convolution, by direction."""
     found: Seen = {}
-    for owner, name in ((F, "conv2d"), (torch.ops.aten, "convolution_backward")):
 
-        def watched(*args, name=name, convolve=getattr(owner, name), **kwargs):
+    def watch(owner: object, name: str) -> None:
+        convolve = getattr(owner, name)
+
+        def watched(*args, **kwargs):
             found.setdefault(name, set()).add((cudnn.deterministic, cudnn.benchmark))
             return convolve(*args, **kwargs)
 
         monkeypatch.setattr(owner, name, watched)
+
+    watch(F, "conv2d")
+    watch(torch.ops.aten, "convolution_backward")
     return found
 
 
