@@ -59,8 +59,8 @@ def places(first, BLOCK: tl.constexpr, pixels, height, width):
     pictures_on = row // height
     # int64: pixels · channels passes 2³¹ for long batches.
     pixel = first.to(tl.int64) + tl.arange(0, BLOCK)
-    row = tl.where(pixel < pixels, row - pictures_on * height, NOWHERE)
-    return pixel, picture.to(tl.int64) + pictures_on, row, column - lines_on * width, height, width
+    row = tl.where(pixel < pixels, row % height, NOWHERE)
+    return pixel, picture.to(tl.int64) + pictures_on, row, column % width, height, width
 
 
 @triton.jit
