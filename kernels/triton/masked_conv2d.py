@@ -170,7 +170,8 @@ def convolve(
     blocks = triton.cdiv(pixels, tiles.rows) * triton.cdiv(columns, tiles.columns)
     with torch.cuda.device_of(x):
         masked_conv2d_kernel[(blocks,)](
-            *(x, packed, bias, None if add is None else channels_last(add), y),
+            *(x, packed, None if bias is None else bias.contiguous()),
+            *(None if add is None else channels_last(add), y),
             *(pixels, height, width, dilation),
             taps * triton.cdiv(channels, tiles.depth),
             CHANNELS=channels,

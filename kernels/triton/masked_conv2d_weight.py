@@ -62,7 +62,9 @@ def masked_conv2d_grad_weight_kernel(
     first = first_pixel(tl.program_id(1) * steps_per_part, BLOCK_P, pixels)
     left = pixels - first
     # Whether a pixel exists is asked at each step, so here all have a row.
-    pixel, _, row, column, _, _ = places(first, BLOCK_P, first + BLOCK_P, height, width)
+    pixel, _, row, column, _, _ = places(
+        first, BLOCK_P, first.to(tl.int64) + BLOCK_P, height, width
+    )
     grad_at = grad_ptr + pixel[None, :] * OUT_CHANNELS + o[:, None]
     x_at = x_ptr + pixel[:, None] * CHANNELS + c[None, :]
     totals = ()
