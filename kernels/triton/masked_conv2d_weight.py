@@ -60,7 +60,6 @@ def masked_conv2d_grad_weight_kernel(
     c = block // GROUPS % COLUMN_BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)
     part = tl.program_id(1).to(tl.int64)
     first = first_pixel(tl.program_id(1) * steps_per_part, BLOCK_P, pixels)
-    left = pixels - first
     # Whether a pixel exists is asked at each step, so here all have a row.
     pixel, _, row, column, _, _ = places(
         first, BLOCK_P, first.to(tl.int64) + BLOCK_P, height, width
@@ -70,8 +69,8 @@ def masked_conv2d_grad_weight_kernel(
     totals = ()
     for _ in tl.static_range(GROUP):
         totals += (tl.zeros((BLOCK_O, BLOCK_C), tl.float32),)
-    for _ in tl.range(0, steps_per_part, num_stages=STAGES):
-        exists = tl.arange(0, BLOCK_P) < left
+    for step in tl.range(0, steps_per_part, num_stages=STAGES):
+        exists = first.to(tl.int64) + step * BLOCK_P + tl.arange(0, BLOCK_P) < pixels
         grad_mask = exists[None, :]
         if OUT_CHANNELS % BLOCK_O != 0:
             grad_mask = grad_mask & (o < OUT_CHANNELS)[:, None]
@@ -91,7 +90,6 @@ def masked_conv2d_grad_weight_kernel(
         totals = sums
         grad_at += BLOCK_P * OUT_CHANNELS
         x_at += BLOCK_P * CHANNELS
-        left -= BLOCK_P
         row, column = _next_pixels(row, column, height, width, row_step, column_step)
     for g in tl.static_range(GROUP):
         tap = first_tap + g
