@@ -80,7 +80,8 @@ def shipped_launches() -> Iterator[tuple[str, int, Launch, Product | None]]:
 def _name(launch: Launch) -> str:
     name = launch.name.removeprefix("masked_conv2d_").removesuffix("kernel").strip("_")
     stack = launch.keywords.get("STACK")
-    return (name or "taps") + ("" if stack is None else (" vertical", " horizontal")[stack])
+    name = (name or "taps") + ("" if stack is None else (" vertical", " horizontal")[stack])
+    return name + " conditioned" * bool(launch.keywords.get("HAS_CLASS"))
 
 
 def _launch_all(dtype: torch.dtype, gated: bool) -> None:
@@ -105,9 +106,11 @@ def _launch_all(dtype: torch.dtype, gated: bool) -> None:
             *(empty(both, both, 1, 1), empty(both), empty(c, c, 1, 1), empty(c)),
         ]
         seed = torch.empty((), dtype=torch.int64)
-        told = layer.Layer(seed, 0.1, "B", 1, True, x, x, None, None, None, weights)
-        layer.gated_masked_conv_forward(told)
-        layer.gated_masked_conv_backward(x, x, picture(both), [True] * 3, told)
+        given = (empty(BATCH, 2 * both), picture(CHANNELS), empty(2 * both, CHANNELS, 1, 1))
+        for added in ((None, None, None), given):
+            told = layer.Layer(seed, 0.1, "B", 1, True, x, x, *added, weights)
+            layer.gated_masked_conv_forward(told)
+            layer.gated_masked_conv_backward(x, x, picture(both), [True] * 3, told)
 
 
 def _product(launch: Launch, arithmetic: str, size: int) -> Product | None:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import live_taps
+from .repeatable import repeatable
 
 
 class Convolution(NamedTuple):
@@ -39,7 +40,8 @@ class Convolution(NamedTuple):
             added = onto is not None
             live_taps.forward(x, self.weight, bias, y, self._taps, parts, add=added, winograd=True)
             return y
-        y = F.conv2d(self._seen(x), self._live_weight, bias, dilation=self.dilation)
+        with repeatable(x.device):
+            y = F.conv2d(self._seen(x), self._live_weight, bias, dilation=self.dilation)
         return channels_last(y) if onto is None else onto.add_(y)
 
     def backward_x(self, grad: Tensor, onto: Tensor | None = None) -> Tensor:
@@ -104,12 +106,13 @@ class Convolution(NamedTuple):
         return F.pad(F.pad(grad_seen, missing), (-left, -right, -above, -below))
 
     def _convolution_backward(self, grad: Tensor, seen: Tensor, wanted: tuple[bool, bool]) -> Any:
-        grads = torch.ops.aten.convolution_backward(
-            *(grad, seen, self._live_weight, None),
-            *([1, 1], [0, 0], [self.dilation, self.dilation]),
-            *(False, [0, 0], 1),
-            [*wanted, False],
-        )
+        with repeatable(grad.device):
+            grads = torch.ops.aten.convolution_backward(
+                *(grad, seen, self._live_weight, None),
+                *([1, 1], [0, 0], [self.dilation, self.dilation]),
+                *(False, [0, 0], 1),
+                [*wanted, False],
+            )
         return grads[:2]
 
 

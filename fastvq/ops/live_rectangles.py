@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .repeatable import repeatable
+
 
 class Mask(NamedTuple):
     """What a raw op is told of the mask and the channels."""
@@ -80,9 +82,9 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Mask, y: Tenso
     """Writes the convolution of x into y."""
     y.zero_() if bias is None else y.copy_(bias[:, None, None].expand_as(y))
     for part in _live_rectangles(x, weight, mask):
-        y[:, part.outputs] += F.conv2d(
-            _seen(x, part), _taps(weight, part), dilation=mask.dilation, groups=mask.groups
-        )
+        seen, taps = _seen(x, part), _taps(weight, part)
+        with repeatable(x.device):
+            y[:, part.outputs] += F.conv2d(seen, taps, dilation=mask.dilation, groups=mask.groups)
 
 
 def backward(
@@ -95,15 +97,16 @@ def backward(
     height, width = x.shape[2:]
     wanted = [grad_x.numel() > 0, grad_weight.numel() > 0]
     for part in _live_rectangles(x, weight, mask) if any(wanted) else ():
-        grad_seen, grad_taps, _ = torch.ops.aten.convolution_backward(
-            grad[:, part.outputs],
-            _seen(x, part),
-            _taps(weight, part).contiguous(),
-            None,
-            *([1, 1], [0, 0], [mask.dilation, mask.dilation]),
-            *(False, [0, 0], mask.groups),
-            [*wanted, False],
-        )
+        with repeatable(x.device):
+            grad_seen, grad_taps, _ = torch.ops.aten.convolution_backward(
+                grad[:, part.outputs],
+                _seen(x, part),
+                _taps(weight, part).contiguous(),
+                None,
+                *([1, 1], [0, 0], [mask.dilation, mask.dilation]),
+                *(False, [0, 0], mask.groups),
+                [*wanted, False],
+            )
         if wanted[1]:
             _taps(grad_weight, part).add_(grad_taps)
         if wanted[0]:

@@ -61,8 +61,9 @@ def masked_conv2d(
             which).
     Returns:
         (B, O, H, W) of x's dtype, channels_last where x is. Sums are taken in float32 and rounded
-        once ("cpp"), in one order whatever the number of threads. Differentiable once in x, weight
-        and bias.
+        once ("cpp"), in one order whatever the number of threads. PyTorch's convolutions on a GPU
+        are held to deterministic algorithms, none chosen by timing, whatever
+        `torch.backends.cudnn` says. Differentiable once in x, weight and bias.
     Raises:
         ValueError: shapes disagree, an even kernel, or an unknown option.
         TypeError: not tensors, or dtypes differ.

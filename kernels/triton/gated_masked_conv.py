@@ -61,9 +61,10 @@ class Layer:
             return Window(rows * width, rows * width, width, width // 2)
         return Window(width // 2 + (self.mask_type == "B"), width, width, 0)
 
-    def packed(self, index: int) -> Tensor:
-        """A 1×1 weight as (rows, columns)."""
-        return self.weights[index].flatten(1).contiguous()
+    def packed(self, index: int) -> tuple[Tensor, Tensor]:
+        """A 1×1 weight as (rows, columns), and its bias."""
+        weight, bias = self.weights[index : index + 2]
+        return weight.flatten(1).contiguous(), bias.contiguous()
 
 
 def gated_masked_conv_forward(layer: Layer) -> tuple[Tensor, Tensor, Tensor]:
@@ -164,8 +165,8 @@ def _launch(
 
     x = channels_last(layer.vertical if stack == VERTICAL else layer.horizontal)
     weight, bias = layer.weights[2 * stack : 2 * stack + 2]
-    own = (x, taps_by_output(weight, window), bias, window.taps * steps(channels))
-    link = (features, layer.packed(4), layer.weights[5], steps(2 * channels))
+    own = (x, taps_by_output(weight, window), bias.contiguous(), window.taps * steps(channels))
+    link = (features, *layer.packed(4), steps(2 * channels))
     mapped = None
     if layer.condition is not None:
         assert layer.condition_weight is not None

@@ -5,8 +5,9 @@
 Both halves of f are made side by side in one block of results, so that the gate is taken where the
 products end. tanh and σ come from one exponential each, e = exp(−2|f₁|) and exp(−|f₂|), neither of
 which overflows: tanh = ±(1 − e)/(1 + e), σ = 1/(1 + e) or e/(1 + e). Of the hardware's exponential
-(relative error below 2⁻²²) and the roundings after it each is within 2⁻²² of the truth, the gate
-within 2⁻²¹, both absolute; the slopes 4e/(1 + e)² and e/(1 + e)² have no difference to cancel.
+(relative error below 2⁻²²) and quotient (two units in the last place) and the roundings after them
+each is within 2⁻²¹ of the truth, the gate within 2⁻²⁰, both absolute; the slopes 4e/(1 + e)² and
+e/(1 + e)² have no difference to cancel.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import triton
 import triton.language as tl
 
 from .halves import halves
-from .masked_conv2d_taps import add_products, add_taps, places
+from .masked_conv2d_taps import add_products, add_taps, first_pixel, places
 
 # SplitMix64 (Steele, Lea and Flood 2014).
 INCREMENT = tl.constexpr(0x9E3779B97F4A7C15)
@@ -62,36 +63,43 @@ def _sigmoid(x):
 
 
 @triton.jit
-def _block(CHANNELS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Of this program: pixels, first and all channels of the gate, and each column's row of 2C."""
+def _block(
+    pixels, height, width, CHANNELS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """Of this program: first pixel and channel, places, channels, rows of 2C, and what exists."""
     COLUMN_BLOCKS: tl.constexpr = (CHANNELS + BLOCK_C - 1) // BLOCK_C
-    # int64: pixels · channels passes 2³¹ for long batches.
-    block = tl.program_id(0).to(tl.int64)
-    pixel = block // COLUMN_BLOCKS * BLOCK_P + tl.arange(0, BLOCK_P)
-    first = (block % COLUMN_BLOCKS).to(tl.int32) * BLOCK_C
+    block = tl.program_id(0)
+    first_c = block % COLUMN_BLOCKS * BLOCK_C
     column = tl.arange(0, 2 * BLOCK_C)
-    half_row = (first + column % BLOCK_C) % CHANNELS
-    return pixel, first, first + tl.arange(0, BLOCK_C), half_row + column // BLOCK_C * CHANNELS
+    half_row = (first_c + column % BLOCK_C) % CHANNELS
+    f_row = half_row + column // BLOCK_C * CHANNELS
+    first = first_pixel(block // COLUMN_BLOCKS, BLOCK_P, pixels)
+    place = places(first, BLOCK_P, pixels, height, width)
+    c = first_c + tl.arange(0, BLOCK_C)
+    exists = (place[0] < pixels)[:, None] & (c < CHANNELS)[None, :]
+    return first, first_c, place, c, f_row, exists
 
 
 @triton.jit
-def _conditioned(
+def _gate(
     features,
     class_ptr,
     condition,
     f_row,
     place,
+    first,
     pixels,
     CHANNELS: tl.constexpr,
     CONDITION_CHANNELS: tl.constexpr,
     STACK: tl.constexpr,
     HAS_CLASS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """The features and what class and map add to them; of 4C, this stack's 2C."""
+    """tanh, its slope, σ and its slope, once class and map are added: of 4C, this stack's 2C."""
     added_row = f_row + STACK * 2 * CHANNELS
     if CONDITION_CHANNELS > 0:
         condition_ptr, weight_ptr, steps = condition
@@ -100,11 +108,15 @@ def _conditioned(
             *(CONDITION_CHANNELS, BLOCK_D, PRECISION, STAGES, INTERPRETED),
         )
     if HAS_CLASS:
-        pixel, _, _, height, width = place
-        picture = tl.minimum(pixel, pixels - 1) // (height.to(tl.int64) * width)
-        at = class_ptr + (picture * (4 * CHANNELS))[:, None] + added_row[None, :]
-        features += tl.load(at).to(tl.float32)
-    return features
+        # One row for each picture that the block touches, which mostly are one or two.
+        _, picture, _, _, height, width = place
+        last = first + tl.minimum(BLOCK_P, pixels - first) - 1
+        for now in tl.range(first // width // height, last // width // height + 1):
+            at = class_ptr + tl.cast(now, tl.int64) * (4 * CHANNELS) + added_row
+            bias = tl.load(at).to(tl.float32)
+            features += tl.where((picture == now)[:, None], bias[None, :], 0.0)
+    values, gates = halves(features)
+    return _tanh(values) + _sigmoid(gates)
 
 
 @triton.jit
@@ -178,27 +190,24 @@ def gated_masked_conv_kernel(
     # A program owns BLOCK_P pixels and BLOCK_C gated channels of one stack. On chip stay both
     # halves of the features. Written are the gated channels and, of the vertical stack (0), the
     # features that the link reads; never the horizontal stack's, the class's or the map's share.
-    pixel, first_c, c, f_row = _block(CHANNELS, BLOCK_P, BLOCK_C)
-    place = places(pixel, pixels, height, width)
+    block = _block(pixels, height, width, CHANNELS, BLOCK_P, BLOCK_C)
+    first, first_c, place, c, f_row, exists = block
+    pixel = place[0]
     features = _convolved(
         *(own, link, f_row, place, dilation, CHANNELS, TAPS, KERNEL_WIDTH, UP, STACK),
         *(BLOCK_P, BLOCK_C, BLOCK_D, PRECISION, STAGES, INTERPRETED),
     )
-    exists = (pixel < pixels)[:, None] & (c < CHANNELS)[None, :]
     if STACK == 0:
         # Rounded as the link and the way back read it.
         rounded = features.to(features_ptr.dtype.element_ty)
-        first, second = halves(rounded)
-        _store_pair(features_ptr, first, second, pixel, c, exists, CHANNELS)
+        value, gate = halves(rounded)
+        _store_pair(features_ptr, value, gate, pixel, c, exists, CHANNELS)
         features = rounded.to(tl.float32)
-    features = _conditioned(
-        *(features, class_ptr, condition, f_row, place, pixels),
+    value, _, gate, _ = _gate(
+        *(features, class_ptr, condition, f_row, place, first, pixels),
         *(CHANNELS, CONDITION_CHANNELS, STACK, HAS_CLASS),
-        *(BLOCK_D, PRECISION, STAGES, INTERPRETED),
+        *(BLOCK_P, BLOCK_D, PRECISION, STAGES, INTERPRETED),
     )
-    values, gates = halves(features)
-    value, _ = _tanh(values)
-    gate, _ = _sigmoid(gates)
     gated = value * gate
     if DROPS:
         keep = _keep(dropout, pixel, first_c, STACK, CHANNELS, BLOCK_C)
@@ -245,9 +254,9 @@ def gated_masked_conv_backward_kernel(
     # gate let through, of the vertical one together with what comes back through the link.
     # `through` is (gradient, packed weight, steps) of the 1×1 convolution after the gate ("1"), or
     # of the link ("0").
-    pixel, first_c, c, f_row = _block(CHANNELS, BLOCK_P, BLOCK_C)
-    place = places(pixel, pixels, height, width)
-    exists = (pixel < pixels)[:, None] & (c < CHANNELS)[None, :]
+    block = _block(pixels, height, width, CHANNELS, BLOCK_P, BLOCK_C)
+    first, first_c, place, c, f_row, exists = block
+    pixel = place[0]
     through_ptr, through_weight_ptr, through_steps = through
     if STACK == 0:
         at = features_ptr + (pixel * (2 * CHANNELS))[:, None] + f_row[None, :]
@@ -264,14 +273,11 @@ def gated_masked_conv_backward_kernel(
             *(through_ptr, through_weight_ptr, c % CHANNELS, place, through_steps),
             *(CHANNELS, BLOCK_D, PRECISION, STAGES, INTERPRETED),
         )
-    features = _conditioned(
-        *(features, class_ptr, condition, f_row, place, pixels),
+    value, value_slope, gate, gate_slope = _gate(
+        *(features, class_ptr, condition, f_row, place, first, pixels),
         *(CHANNELS, CONDITION_CHANNELS, STACK, HAS_CLASS),
-        *(BLOCK_D, PRECISION, STAGES, INTERPRETED),
+        *(BLOCK_P, BLOCK_D, PRECISION, STAGES, INTERPRETED),
     )
-    values, gates = halves(features)
-    value, value_slope = _tanh(values)
-    gate, gate_slope = _sigmoid(gates)
     if DROPS:
         keep = _keep(dropout, pixel, first_c, STACK, CHANNELS, BLOCK_C)
         grad = tl.where(keep, grad * dropout[2], 0.0)

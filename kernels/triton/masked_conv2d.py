@@ -18,7 +18,7 @@ from torch import Tensor
 import triton
 import triton.language as tl
 
-from .masked_conv2d_taps import add_taps, places
+from .masked_conv2d_taps import add_taps, first_pixel, places
 from .masked_conv2d_tiles import Tiles, arithmetic_of, choose_tiles
 from .masked_conv2d_weight import masked_conv2d_grad_weight_kernel, masked_conv2d_sum_parts_kernel
 
@@ -61,18 +61,19 @@ def masked_conv2d_kernel(
     # A program owns BLOCK_P pixels and BLOCK_O output channels. On chip stays their sum over taps
     # and channels. Never written: padded pictures, masked weights, or one tap's share of the sum.
     COLUMN_BLOCKS: tl.constexpr = (OUT_CHANNELS + BLOCK_O - 1) // BLOCK_O
-    # int64: pixels · channels passes 2³¹ for long batches.
-    block = tl.program_id(0).to(tl.int64)
-    pixel = block // COLUMN_BLOCKS * BLOCK_P + tl.arange(0, BLOCK_P)
-    o = (block % COLUMN_BLOCKS).to(tl.int32) * BLOCK_O + tl.arange(0, BLOCK_O)
+    block = tl.program_id(0)
+    first = first_pixel(block // COLUMN_BLOCKS, BLOCK_P, pixels)
+    place = places(first, BLOCK_P, pixels, height, width)
+    o = block % COLUMN_BLOCKS * BLOCK_O + tl.arange(0, BLOCK_O)
     total = add_taps(
         tl.zeros((BLOCK_P, BLOCK_O), tl.float32),
-        *(x_ptr, weight_ptr, o % OUT_CHANNELS, places(pixel, pixels, height, width)),
+        *(x_ptr, weight_ptr, o % OUT_CHANNELS, place),
         *(dilation, OUT_CHANNELS * CHANNELS, steps),
         *(CHANNELS, TAPS, KERNEL_WIDTH, UP, BLOCK_C, PRECISION, STAGES, INTERPRETED),
     )
     if HAS_BIAS:
         total += tl.load(bias_ptr + o, mask=o < OUT_CHANNELS, other=0.0).to(tl.float32)[None, :]
+    pixel = place[0]
     at = pixel[:, None] * OUT_CHANNELS + o[None, :]
     exists = (pixel < pixels)[:, None] & (o < OUT_CHANNELS)[None, :]
     if HAS_ADD:
@@ -169,7 +170,8 @@ def convolve(
     blocks = triton.cdiv(pixels, tiles.rows) * triton.cdiv(columns, tiles.columns)
     with torch.cuda.device_of(x):
         masked_conv2d_kernel[(blocks,)](
-            *(x, packed, bias, None if add is None else channels_last(add), y),
+            *(x, packed, None if bias is None else bias.contiguous()),
+            *(None if add is None else channels_last(add), y),
             *(pixels, height, width, dilation),
             taps * triton.cdiv(channels, tiles.depth),
             CHANNELS=channels,

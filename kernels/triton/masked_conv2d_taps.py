@@ -39,12 +39,28 @@ def matrix_product(a, b, total, PRECISION: tl.constexpr, INTERPRETED: tl.constex
 
 
 @triton.jit
-def places(pixel, pixels, height, width):
-    """Where flat pixels are, as `add_taps` takes it: pixel, row, column and the picture's size."""
-    row = pixel // width
-    column = (pixel - row * width).to(tl.int32)
-    row = tl.where(pixel < pixels, (row % height).to(tl.int32), NOWHERE)
-    return pixel, row, column, height, width
+def first_pixel(block, BLOCK: tl.constexpr, pixels):
+    """Of a block: 32 bits wide where the number of pixels is, so that dividing it is cheap."""
+    return tl.minimum(block, pixels) * BLOCK
+
+
+@triton.jit
+def places(first, BLOCK: tl.constexpr, pixels, height, width):
+    """Where BLOCK flat pixels from `first` on are, as `add_taps` takes it.
+
+    Pixel, picture, row, column, and a picture's size. Only the first is divided as it is; the
+    others are counted on from it, in numbers below 2³¹ however many pixels there are.
+    """
+    line = first // width
+    picture = line // height
+    column = (first - line * width).to(tl.int32) + tl.arange(0, BLOCK)
+    lines_on = column // width
+    row = (line - picture * height).to(tl.int32) + lines_on
+    pictures_on = row // height
+    # int64: pixels · channels passes 2³¹ for long batches.
+    pixel = first.to(tl.int64) + tl.arange(0, BLOCK)
+    row = tl.where(pixel < pixels, row % height, NOWHERE)
+    return pixel, picture.to(tl.int64) + pictures_on, row, column % width, height, width
 
 
 @triton.jit
@@ -71,7 +87,7 @@ def add_taps(
     `weight` is (taps, rows, CHANNELS), packed, tap_stride numbers to a tap; every row number must
     exist. `steps` is TAPS · ⌈CHANNELS / BLOCK_C⌉, given as a number so that no loop is unrolled.
     """
-    pixel, row, column, height, width = place
+    pixel, _, row, column, height, width = place
     c = tl.arange(0, BLOCK_C)
     x_at = x_ptr + pixel[:, None] * CHANNELS + c[None, :]
     weight_at = weight_ptr + weight_row[None, :].to(tl.int64) * CHANNELS + c[:, None]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .masked_conv2d_taps import inside_picture, matrix_product, places, tap_shift
+from .masked_conv2d_taps import first_pixel, inside_picture, matrix_product, places, tap_shift
 
 
 @triton.jit
@@ -59,16 +59,18 @@ def masked_conv2d_grad_weight_kernel(
     o = block // (GROUPS * COLUMN_BLOCKS) * BLOCK_O + tl.arange(0, BLOCK_O)
     c = block // GROUPS % COLUMN_BLOCKS * BLOCK_C + tl.arange(0, BLOCK_C)
     part = tl.program_id(1).to(tl.int64)
-    first = part * steps_per_part * BLOCK_P
-    pixel = first + tl.arange(0, BLOCK_P)
-    _, row, column, _, _ = places(pixel, first + BLOCK_P, height, width)
+    first = first_pixel(tl.program_id(1) * steps_per_part, BLOCK_P, pixels)
+    # Whether a pixel exists is asked at each step, so here all have a row.
+    pixel, _, row, column, _, _ = places(
+        first, BLOCK_P, first.to(tl.int64) + BLOCK_P, height, width
+    )
     grad_at = grad_ptr + pixel[None, :] * OUT_CHANNELS + o[:, None]
     x_at = x_ptr + pixel[:, None] * CHANNELS + c[None, :]
     totals = ()
     for _ in tl.static_range(GROUP):
         totals += (tl.zeros((BLOCK_O, BLOCK_C), tl.float32),)
     for step in tl.range(0, steps_per_part, num_stages=STAGES):
-        exists = first + step * BLOCK_P + tl.arange(0, BLOCK_P) < pixels
+        exists = first.to(tl.int64) + step * BLOCK_P + tl.arange(0, BLOCK_P) < pixels
         grad_mask = exists[None, :]
         if OUT_CHANNELS % BLOCK_O != 0:
             grad_mask = grad_mask & (o < OUT_CHANNELS)[:, None]

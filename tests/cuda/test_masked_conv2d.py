@@ -51,6 +51,28 @@ def test_the_default_is_a_triton_kernel_and_repeatable() -> None:
         assert all(torch.equal(a, b) for a, b in zip(first, _step(*tensors)))
 
 
+@pytest.mark.parametrize("options", [{"groups": 4}, {"channel_groups": 3}], ids=str)
+def test_the_vendors_convolutions_are_repeatable(options: dict[str, int]) -> None:
+    x, weight, bias, grad = _tensors(torch.bfloat16)
+    weight = weight[:, : CHANNELS // options.get("groups", 1)]
+    leaves = [t.detach().requires_grad_() for t in (x, weight, bias)]
+
+    def step() -> list[Tensor]:
+        y = ops.masked_conv2d(*leaves, mask_type="B", **options)
+        return [y.detach(), *torch.autograd.grad(y, leaves, grad)]
+
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        first = step()
+        for _ in range(10):
+            assert all(torch.equal(a, b) for a, b in zip(first, step()))
+        assert torch.backends.cudnn.benchmark
+        assert not torch.backends.cudnn.deterministic
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
 def test_more_than_two_to_the_31_numbers() -> None:
     width = 2**25 + 64
     if torch.cuda.mem_get_info()[0] < 14 * 2**30:

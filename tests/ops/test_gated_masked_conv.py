@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ops.gated_cases import CASES, Case, arguments, error_bounds
+from ops.gated_cases import CASES, Case, arguments, error_bounds, results, upstream
 from tolerances import assert_within
 from torch import Tensor
 
@@ -17,38 +17,13 @@ PLAIN = Case(4, 3, "B", 1, (4, 5), condition=2)
 DROPS = Case(4, 3, "B", 1, (4, 5), dropout=0.4, condition=2)
 
 
-def _run(case: Case, tensors: dict[str, Tensor], **options: object) -> dict[str, Tensor]:
-    """Results and gradients by name, and the gradients that went in."""
-    leaves = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
-    first, by_name = arguments(leaves)
-    if options.pop("truth", False):
-        values = (by_name.get(name) for name in ("class_bias", "condition", "condition_weight"))
-        outputs = reference.gated_masked_conv(*first, *values, case.seed, **case.options)
-    else:
-        outputs = ops.gated_masked_conv(
-            *first, **by_name, **case.options, seed=case.seed, **options
-        )
-    upstream = _upstream(case, outputs[0].dtype)
-    grads = torch.autograd.grad(outputs, list(leaves.values()), upstream)
-    found = {"out_vertical": outputs[0].detach(), "out_horizontal": outputs[1].detach()}
-    return found | dict(zip(leaves, grads))
-
-
-def _upstream(case: Case, dtype: torch.dtype) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(3)
-    shape = (2, case.batch, case.channels, *case.size)
-    # Rounded to the coarsest dtype first: the same numbers whatever the dtype.
-    made = torch.randn(shape, generator=generator).bfloat16().half()
-    return list(made.to(dtype))
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"C{case.channels}k{case.kernel}")
 def test_values_and_gradients(case: Case, dtype: torch.dtype) -> None:
     tensors = case.tensors(dtype)
-    truth = _run(case, {name: tensor.double() for name, tensor in tensors.items()}, truth=True)
-    bounds = error_bounds(case, tensors, _upstream(case, torch.float64), dtype)
-    for name, found in _run(case, tensors).items():
+    truth = results(case, {name: tensor.double() for name, tensor in tensors.items()}, truth=True)
+    bounds = error_bounds(case, tensors, upstream(case, torch.float64), dtype)
+    for name, found in results(case, tensors).items():
         assert found.dtype == dtype
         assert_within(found, truth[name], bounds[name])
 
@@ -57,8 +32,8 @@ def test_values_and_gradients(case: Case, dtype: torch.dtype) -> None:
 def test_plain_tensor_arithmetic_is_the_reference(case: Case) -> None:
     """What runs without kernels, in float64, where only the order of sums differs."""
     tensors = case.tensors(torch.float64)
-    truth = _run(case, tensors, truth=True)
-    for name, found in _run(case, tensors).items():
+    truth = results(case, tensors, truth=True)
+    for name, found in results(case, tensors).items():
         torch.testing.assert_close(found, truth[name], rtol=1e-12, atol=1e-12)
 
 
@@ -79,9 +54,9 @@ def test_masked_weights_may_hold_anything() -> None:
     for mask_type, live in (("A", 2), ("B", 3)):
         case = Case(4, 5, mask_type, 1, (3, 4))
         tensors = case.tensors()
-        clean = _run(case, tensors)
+        clean = results(case, tensors)
         tensors["horizontal_weight"][..., live:] = torch.nan
-        for name, found in _run(case, tensors).items():
+        for name, found in results(case, tensors).items():
             assert torch.equal(found, clean[name])
         assert not clean["horizontal_weight"][..., live:].any()
         assert clean["horizontal_weight"][..., :live].all()
@@ -92,10 +67,10 @@ def test_masked_weights_may_hold_anything() -> None:
 )
 def test_nan_stays_where_it_is_seen(case: Case) -> None:
     tensors = case.tensors()
-    clean = _run(case, tensors)
+    clean = results(case, tensors)
     tensors["vertical"][:, :, 3] = torch.nan
     tensors["horizontal"][:, :, 2, 4:] = torch.nan
-    found = _run(case, tensors)
+    found = results(case, tensors)
     assert torch.equal(found["out_vertical"][:, :, :3], clean["out_vertical"][:, :, :3])
     last = 3 + case.kernel // 2
     assert found["out_vertical"][:, :, 3 : last + 1].isnan().all()
@@ -123,7 +98,7 @@ def test_dropout_follows_its_seed() -> None:
                 assert abs(agree - 0.58) < 5 * (0.2436 / count) ** 0.5
     everything = reference.keep_mask(torch.tensor(0), 0, shape, 1.0)
     assert not everything.any()
-    dropped = _run(DROPS, DROPS.tensors())["out_vertical"] == 0
+    dropped = results(DROPS, DROPS.tensors())["out_vertical"] == 0
     kept = reference.keep_mask(DROPS.seed, 0, dropped.shape, 0.4)
     assert torch.equal(dropped, ~kept)
 
@@ -178,11 +153,11 @@ def test_opcheck(backend: str) -> None:
 
 def test_layouts_and_empty_batch() -> None:
     tensors = PLAIN.tensors()
-    expected = _run(PLAIN, tensors)
+    expected = results(PLAIN, tensors)
     last = dict(tensors)
     for name in ("vertical", "horizontal", "condition"):
         last[name] = tensors[name].contiguous(memory_format=torch.channels_last)
-    found = _run(PLAIN, last)
+    found = results(PLAIN, last)
     for name, value in expected.items():
         assert value.is_contiguous()
         assert torch.equal(found[name], value)
@@ -190,21 +165,21 @@ def test_layouts_and_empty_batch() -> None:
         assert found[name].is_contiguous(memory_format=torch.channels_last)
     strided = dict(tensors)
     strided["vertical"] = tensors["vertical"].transpose(2, 3).contiguous().transpose(2, 3)
-    for name, value in _run(PLAIN, strided).items():
+    for name, value in results(PLAIN, strided).items():
         assert torch.equal(value, expected[name])
     empty = Case(4, 3, "B", 1, (4, 5), batch=0)
-    for name, value in _run(empty, empty.tensors()).items():
+    for name, value in results(empty, empty.tensors()).items():
         assert value.shape[0] == 0 or not value.any(), name
 
 
 def test_same_bits_on_every_run_and_thread_count() -> None:
     case = Case(24, 3, "B", 1, (33, 16), dropout=0.2)
     tensors = case.tensors()
-    first = _run(case, tensors)
+    first = results(case, tensors)
     threads = torch.get_num_threads()
     for count in (threads, 1):
         torch.set_num_threads(count)
-        again = _run(case, tensors)
+        again = results(case, tensors)
         torch.set_num_threads(threads)
         for name, value in first.items():
             assert torch.equal(again[name], value), name
@@ -213,13 +188,13 @@ def test_same_bits_on_every_run_and_thread_count() -> None:
 def test_autocast_casts_as_conv2d_does() -> None:
     tensors = PLAIN.tensors()
     with torch.autocast("cpu", torch.bfloat16):
-        found = _run(PLAIN, tensors)
+        found = results(PLAIN, tensors)
     assert found["out_vertical"].dtype == torch.bfloat16
     assert found["out_horizontal"].dtype == torch.float32  # the residual keeps its own
     assert all(found[name].dtype == torch.float32 for name in tensors)
     low = {name: tensor.bfloat16() for name, tensor in tensors.items()}
-    truth = _run(PLAIN, {name: tensor.double() for name, tensor in low.items()}, truth=True)
-    bounds = error_bounds(PLAIN, low, _upstream(PLAIN, torch.float64), torch.bfloat16)
+    truth = results(PLAIN, {name: tensor.double() for name, tensor in low.items()}, truth=True)
+    bounds = error_bounds(PLAIN, low, upstream(PLAIN, torch.float64), torch.bfloat16)
     # The residual adds the unrounded input.
     truth["out_horizontal"] += tensors["horizontal"].double() - low["horizontal"].double()
     for name, value in found.items():
@@ -228,14 +203,14 @@ def test_autocast_casts_as_conv2d_does() -> None:
 
 def test_compiles() -> None:
     compiled = torch.compile(ops.gated_masked_conv, fullgraph=True, backend="aot_eager")
-    results = []
+    found = []
     for run in (compiled, ops.gated_masked_conv):
         leaves = {name: t.requires_grad_() for name, t in DROPS.tensors().items()}
         first, by_name = arguments(leaves)
         outputs = run(*first, **by_name, **DROPS.options, seed=DROPS.seed)
-        grads = torch.autograd.grad(outputs, list(leaves.values()), _upstream(DROPS, torch.float32))
-        results.append([*outputs, *grads])
-    assert all(torch.equal(a, b) for a, b in zip(*results))
+        grads = torch.autograd.grad(outputs, list(leaves.values()), upstream(DROPS, torch.float32))
+        found.append([*outputs, *grads])
+    assert all(torch.equal(a, b) for a, b in zip(*found))
 
 
 def test_backends_are_named() -> None:
@@ -244,8 +219,8 @@ def test_backends_are_named() -> None:
     assert "Winograd" in ops.explain("gated_masked_conv", x)
     assert "Winograd" not in ops.explain("gated_masked_conv", x.bfloat16())
     assert "not float64" in ops.explain("gated_masked_conv", x.double())
-    by_name = _run(PLAIN, PLAIN.tensors(), backend="cpp")
-    assert torch.equal(_run(PLAIN, PLAIN.tensors())["vertical"], by_name["vertical"])
+    by_name = results(PLAIN, PLAIN.tensors(), backend="cpp")
+    assert torch.equal(results(PLAIN, PLAIN.tensors())["vertical"], by_name["vertical"])
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,10 @@ in processes of their own, without the interpreter.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,3 +26,12 @@ def device(request: pytest.FixtureRequest) -> str:
     if (request.param == "interpreter") != INTERPRETED:
         pytest.skip("the kernels run on the other device in this session (TRITON_INTERPRET)")
     return "cpu" if INTERPRETED else "cuda"
+
+
+@pytest.fixture(autouse=True)
+def _no_kernel_leaves_its_tensors() -> Iterator[None]:
+    """Holds for every launch under the interpreter, whatever the test asserts."""
+    from address_check import addresses_checked
+
+    with addresses_checked() if INTERPRETED else contextlib.nullcontext():
+        yield

@@ -23,6 +23,7 @@ CASES = [  # x, O, kernel, mask type, dilation: ragged blocks, pictures smaller 
     ((2, 3, 4, 4), 2, (1, 1), "B", 1),
     ((2, 3, 4, 4), 2, (1, 1), "A", 1),
     ((1, 18, 1, 90), 33, (1, 5), "B", 4),
+    ((13, 3, 5, 3), 2, (3, 3), "B", 1),  # blocks of pixels begin at any row and column
 ]
 
 
@@ -105,8 +106,8 @@ def test_any_strides_and_repeatable(device: str) -> None:
     wide[:, 1:7, :, ::2] = x
     strided = weight.permute(2, 3, 0, 1).contiguous().permute(2, 3, 0, 1)
     for other in (x.contiguous(), wide[:, 1:7, :, ::2]):
-        turned = grad.mT.clone().mT
-        again = _value_and_gradients(other, strided, bias, turned, **options)
+        turned, apart = grad.mT.clone().mT, bias.repeat_interleave(2)[::2]
+        again = _value_and_gradients(other, strided, apart, turned, **options)
         assert all(torch.equal(a, b) for a, b in zip(first, again))
     # What sum() sends back: one number, expanded.
     ones = torch.ones((), device=device).expand(grad.shape)

@@ -188,7 +188,7 @@ def test_a_known_code_stays(device: str) -> None:
     for given in (logits, None):
         first.zero_()
         kernels.draw_code(
-            *(given, zero.expand(2), codes, doubts, embedding, Columns(first, 6), zero, rule),
+            *(given, zero.repeat(2), codes, doubts, embedding, Columns(first, 6), zero, rule),
             greedy=False,
             top_k=None,
             top_p=False,
