@@ -32,6 +32,16 @@ def add_detect(commands: Any) -> None:
         "--held-in", required=True, metavar="DATA", help="normal pictures, not trained on"
     )
     command.add_argument("--held-in-split", choices=("train", "val", "test"), help=SPLIT_HELP)
+    command.add_argument("--held-in-only", metavar="REGEX", help="as --only, of --held-in")
+    command.add_argument(
+        "--class-pattern", metavar="REGEX", help="as fastvq train's (default: that of the run)"
+    )
+    command.add_argument(
+        "--clip-seconds",
+        type=float,
+        metavar="S",
+        help="sounds: how much of each is heard, from its start (default: as in the run)",
+    )
     command.add_argument("--out", required=True, metavar="DIR", help="folder to write")
     command.add_argument(
         "--false-alarm-rate",

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import functools
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -57,6 +58,9 @@ class DetectionConfig:
         held_in: normal items that no part of the run was trained on; they set the threshold.
         out: the folder to write.
         split, held_in_split: part of each, where it has parts.
+        only, held_in_only: which of their files, see `open_source`.
+        class_pattern: what the names of the data's files say of their class; None: as in the run.
+        clip_seconds: of sounds, how much of each is heard, from its start; None: as in the run.
         score: "combined", "likelihood" or "reconstruction", as `AnomalyModel` and
             `Standardisation` define them; None: combined with a prior, else reconstruction.
         false_alarm_rate: of normal items, the share that may be flagged, in (0, 1).
@@ -78,6 +82,10 @@ class DetectionConfig:
     out: str
     split: str | None = None
     held_in_split: str | None = None
+    only: str | None = None
+    held_in_only: str | None = None
+    class_pattern: str | None = None
+    clip_seconds: float | None = None
     score: str | None = None
     false_alarm_rate: float = 0.05
     levels: int | None = None
@@ -171,11 +179,14 @@ def detect(config: DetectionConfig, *, progress: bool = True) -> Detection:
         load_run(config.run), levels=config.levels, device=device_of(config.device)
     )
     score = _score_of(config, model)
-    data = data_like(model.stage1, config.data, split=config.split, strict=config.strict)
-    normal = None if config.normal is None else _normal_labels(data, config.normal)
-    held_in = data_like(
-        model.stage1, config.held_in, split=config.held_in_split, strict=config.strict
+    like = functools.partial(
+        data_like, model.stage1, clip_seconds=config.clip_seconds, strict=config.strict
     )
+    data = like(
+        config.data, split=config.split, only=config.only, class_pattern=config.class_pattern
+    )
+    normal = None if config.normal is None else _normal_labels(data, config.normal)
+    held_in = like(config.held_in, split=config.held_in_split, only=config.held_in_only)
     _check_enough(len(held_in), score, config)
 
     reference = _measure(model, held_in, config, "held-in", progress)

@@ -68,6 +68,26 @@ def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+def test_names_choose_the_files_and_say_their_class(
+    prior_run: Path, odd: Path, tmp_path: Path
+) -> None:
+    data, held_in = tmp_path / "data", tmp_path / "held-in"
+    for folder in (data, held_in):
+        folder.mkdir()
+    with np.load(odd) as arrays:
+        for number, (image, label) in enumerate(zip(arrays["images"], arrays["labels"])):
+            for folder, name in ((data, ("ok", "ok", "odd")[label]), (held_in, "ab"[number % 2])):
+                Image.fromarray(image).save(folder / f"{name}_{number}.png")
+    (data / "ok_left-out.png").write_bytes(b"")
+    chosen = {"only": r"_\d+\.png$", "held_in_only": "^a", "class_pattern": "^(ok|odd)_"}
+    settings = {"score": "likelihood", "false_alarm_rate": 0.4, "normal": ["ok"], "strict": True}
+    found = detect(
+        config(prior_run, held_in, data, tmp_path / "out", **chosen, **settings), progress=False
+    )
+    assert sorted(row["class"] for row in found.rows) == ["odd"] * 4 + ["ok"] * 8
+    assert len(lines(found.path / "held-in.jsonl")) == 6
+
+
 def test_tables_hold_one_row_per_item_alike(found: Detection, odd: Path) -> None:
     rows, plain = lines(found.path / "scores.jsonl"), table(found.path / "scores.csv")
     assert len(rows) == len(plain) == 12
