@@ -346,7 +346,7 @@ def _bar(total: int, progress: bool) -> Iterator[Any]:
     """A progress bar over pictures; a silent one where no progress is asked for."""
     from tqdm.auto import tqdm
 
-    with tqdm(total=total, unit="picture", desc="samples", disable=not progress) as bar:
+    with tqdm(total=total, unit="sample", desc="samples", disable=not progress) as bar:
         yield bar
 
 
